@@ -1,0 +1,33 @@
+# nanolm: `make train` and `make test` are all one needs; each sets up .venv by itself.
+PYTHON = .venv/bin/python
+
+.PHONY: train test test-long lint clean
+
+# Train the default model on Python's own documentation (continuing where it stopped), then sample.
+train: .venv/ready
+	$(PYTHON) train.py config/pydocs.py --init_from=auto
+	$(PYTHON) sample.py --out_dir=out/pydocs --num_samples=1 --max_new_tokens=400
+
+# Prove every formula and every promise.
+test: .venv/ready
+	$(PYTHON) -m pytest
+
+# The same with the large counts, too.
+test-long: .venv/ready
+	$(PYTHON) -m pytest -m "long or not long"
+
+# Check style and format.
+lint: .venv/ready
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+# Remove what the other targets made, but neither data nor runs.
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment, made anew where it is missing or older than the pins.
+.venv/ready: requirements.txt
+	python3 -m venv --clear .venv
+	.venv/bin/pip install --disable-pip-version-check --quiet -r requirements.txt
+	touch $@
