@@ -1,0 +1,114 @@
+"""What all tests share: a place to work in, the scripts in this process, and one tiny run."""
+
+import contextlib
+import io
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "".join(f"{i} little wolves met {i * i} foxes,\nand {i % 7} ran.\n" for i in range(40))
+# A model that trains in no time, on the CPU.
+TINY = [
+    "--dataset=tiny",
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=8",
+    "--block_size=8",
+    "--batch_size=2",
+    "--gradient_accumulation_steps=1",
+    "--max_iters=4",
+    "--eval_interval=2",
+    "--eval_iters=1",
+    "--sample_tokens=5",
+    "--warmup_iters=1",
+    "--device=cpu",
+    "--dtype=float32",
+    "--compile=false",
+]
+
+torch.set_num_threads(1)  # more threads only wait for each other on models this small
+hypothesis.settings.register_profile(
+    "nanolm",
+    deadline=None,  # a slow machine is no error
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
+)
+hypothesis.settings.load_profile("nanolm")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def run_here(script: str, *arguments: object) -> int:
+    """Run train, sample or prepare in this process and folder; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    return end.value.code
+
+
+@pytest.fixture
+def run_main(capsys) -> Callable[..., tuple[int, str, str]]:
+    """run_main("train", *arguments) -> exit code, stdout, stderr."""
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run_here(script, *arguments)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """A folder of real data; tests that need it are skipped where NANOLM_TEST_DATA names none."""
+    if not os.environ.get("NANOLM_TEST_DATA"):
+        pytest.skip("NANOLM_TEST_DATA is not set")
+    return Path(os.environ["NANOLM_TEST_DATA"]).resolve()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """The current folder, an empty one: data/ and out/ are made here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    """A text of about a thousand characters."""
+    return TEXT
+
+
+@pytest.fixture(scope="session")
+def trained_place(tmp_path_factory, tiny_text) -> Path:
+    """A folder with text.txt, data/tiny and out/tiny, a run of four updates. Not to be changed."""
+    place = tmp_path_factory.mktemp("trained")
+    (place / "text.txt").write_text(tiny_text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.chdir(place)
+        assert run_here("prepare", "tiny", "--input", "text.txt") == 0, said.getvalue()
+        assert run_here("train", *TINY, "--out_dir=out/tiny") == 0, said.getvalue()
+    return place
+
+
+@pytest.fixture
+def tiny_run(trained_place, workplace) -> Path:
+    """out/tiny below the current folder: a copy of the tiny run, with text.txt and data/tiny."""
+    shutil.copytree(trained_place, workplace, dirs_exist_ok=True)
+    return Path("out", "tiny")
