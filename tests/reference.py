@@ -1,0 +1,284 @@
+"""NumPy twins: every formula of the package once more, in float64, as slow and plain as possible.
+
+Nothing here calls PyTorch or the package: where both agree, two people have read the same paper.
+Weights are in the layout of PyTorch's linear layers, (out, in). T queries, S keys, C channels, V
+vocabulary, nh heads, hs channels of a head.
+"""
+
+import math
+
+import numpy as np
+
+
+def close(a, b, tol=1e-5):
+    """Whether max|a - b| <= tol * max(1, max|b|), for arrays or tensors of one shape."""
+    a, b = (np.asarray(x.detach().double() if hasattr(x, "detach") else x, float) for x in (a, b))
+    gap = np.abs(a - b).max(initial=0) if a.shape == b.shape else math.inf
+    return bool(gap <= tol * max(1.0, np.abs(b).max(initial=0)))
+
+
+# Functions of the channels
+
+
+def softmax(x):
+    """exp(x_i) / sum_j exp(x_j) over the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def layer_norm(x, weight, bias, eps):
+    """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016, eq. 3-4)."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    y = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps) * weight
+    return y if bias is None else y + bias
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4)."""
+    return x * weight / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
+
+
+def gelu_erf(x):
+    """x Phi(x) = x (1 + erf(x / sqrt 2)) / 2 (Hendrycks & Gimpel 2016, section 2)."""
+    return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2)))
+
+
+def gelu_tanh(x):
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 (Hendrycks & Gimpel 2016, section 2)."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x):
+    """x sigmoid(x) = x / (1 + exp(-x)) (Elfwing et al. 2018, eq. 5)."""
+    return x / (1 + np.exp(-x))
+
+
+def linear(x, weight, bias=0.0):
+    """x W^T + b."""
+    return np.einsum("...i,oi->...o", x, weight) + bias
+
+
+def swiglu(x, gate, up, down, gate_bias=0.0, up_bias=0.0, down_bias=0.0):
+    """down(silu(gate x) * up x) (Shazeer 2020, eq. 6)."""
+    return linear(silu(linear(x, gate, gate_bias)) * linear(x, up, up_bias), down, down_bias)
+
+
+def relu2(x, up, down, up_bias=0.0, down_bias=0.0):
+    """down(max(0, up x)^2) (So et al. 2021, section 4.2)."""
+    return linear(np.maximum(0, linear(x, up, up_bias)) ** 2, down, down_bias)
+
+
+# Positions
+
+
+def sinusoids(length, C):
+    """PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i + 1) = cos(same) (Vaswani, sect. 3.5)."""
+    table = np.zeros((length, C))
+    for position in range(length):
+        for channel in range(C):
+            angle = position / 10000 ** ((channel - channel % 2) / C)
+            table[position, channel] = math.cos(angle) if channel % 2 else math.sin(angle)
+    return table
+
+
+def rotary(x, positions, theta):
+    """z_i exp(1j pos theta^(-2i/hs)), z_i = x_i + 1j x_(i + hs/2) (Su et al. 2021, eq. 12, 15).
+
+    x: (..., T, hs); positions: (T,).
+    """
+    half = x.shape[-1] // 2
+    z = x[..., :half] + 1j * x[..., half:]
+    turn = np.outer(positions, [theta ** (-i / half) for i in range(half)])
+    z = z * np.exp(1j * turn)
+    return np.concatenate((z.real, z.imag), axis=-1)
+
+
+# Attention
+
+
+def attention(q, k, v, causal=False, mask=None):
+    """softmax(q K^T / sqrt(hs)) V, over the keys that each query sees (Vaswani et al., eq. 1).
+
+    q: (B, nh, T, hs); k, v: (B, n_kv, S, hs); query head i reads key/value head i // (nh / n_kv).
+    mask: True where a query may look. causal: the T queries are the last of the S tokens.
+    """
+    (B, nh, T, hs), (n_kv, S) = q.shape, k.shape[1:3]
+    may_look = np.broadcast_to(True if mask is None else mask, (B, nh, T, S))
+    y = np.zeros(q.shape)
+    for b, head, t in np.ndindex(B, nh, T):
+        shared = head // (nh // n_kv)
+        present = S - T + t
+        seen = [s for s in range(S) if may_look[b, head, t, s] and (s <= present or not causal)]
+        weights = softmax(k[b, shared, seen] @ q[b, head, t] / math.sqrt(hs))
+        y[b, head, t] = weights @ v[b, shared, seen]
+    return y
+
+
+def multi_head_attention(
+    x,
+    params,
+    n_head,
+    n_kv_head,
+    head_size,
+    *,
+    causal=True,
+    mask=None,
+    rope_theta=None,
+    positions=None,
+    norm_eps=1e-5,
+):
+    """out(concat(heads)), head_h = attention(x W_q, x W_k, x W_v) (Vaswani et al., sect. 3.2.2).
+
+    x: (B, T, C); params: weights by name ("q.weight", "q.bias", ...; biases and "q_norm.weight"
+    only where they exist). With rope_theta, queries and keys turn by positions (default: from 0).
+    """
+    B, T, _ = x.shape
+
+    def heads(name, n):
+        y = linear(x, params[f"{name}.weight"], params.get(f"{name}.bias", 0.0))
+        y = np.stack(np.split(y, n, axis=-1), axis=1)  # (B, n, T, hs)
+        assert y.shape == (B, n, T, head_size)
+        if f"{name}_norm.weight" in params:
+            y = rms_norm(y, params[f"{name}_norm.weight"], norm_eps)
+        if rope_theta is not None and name != "v":
+            y = rotary(y, np.arange(T) if positions is None else positions, rope_theta)
+        return y
+
+    q, k, v = heads("q", n_head), heads("k", n_kv_head), heads("v", n_kv_head)
+    y = attention(q, k, v, causal=causal, mask=mask)
+    y = np.concatenate([y[:, h] for h in range(n_head)], axis=-1)  # (B, T, nh hs)
+    return linear(y, params["out.weight"], params.get("out.bias", 0.0))
+
+
+# The whole model
+
+
+def mlp(x, params, kind):
+    """The MLP of one block, by its name in the config; params: weights by name."""
+    up, down = params["up.weight"], params["down.weight"]
+    up_bias, down_bias = params.get("up.bias", 0.0), params.get("down.bias", 0.0)
+    if kind == "gelu":
+        return linear(gelu_tanh(linear(x, up, up_bias)), down, down_bias)
+    if kind == "relu2":
+        return relu2(x, up, down, up_bias, down_bias)
+    gate_bias = params.get("gate.bias", 0.0)
+    return swiglu(x, params["gate.weight"], up, down, gate_bias, up_bias, down_bias)
+
+
+def gpt_forward(params, config, ids):
+    """Logits (B, T, V) of ids (B, T): x += attention(norm x); x += mlp(norm x); head(norm x).
+
+    params: the model's state dict as float64 arrays (GPT-2's layout, Radford et al. 2019).
+    """
+
+    def below(prefix):
+        start = prefix + "."
+        return {n.removeprefix(start): w for n, w in params.items() if n.startswith(start)}
+
+    def norm(x, name):
+        weight = params[f"{name}.weight"]
+        if config.norm == "rms":
+            return rms_norm(x, weight, config.norm_eps)
+        bias = params[f"{name}.bias"] if config.bias else None
+        return layer_norm(x, weight, bias, config.norm_eps)
+
+    T = ids.shape[1]
+    x = params["tokens.weight"][ids]
+    if config.position == "learned":
+        x = x + params["positions.weight"][:T]
+    if config.position == "sinusoidal":
+        x = x + sinusoids(T, config.n_embd)
+    for i in range(config.n_layer):
+        x = x + multi_head_attention(
+            norm(x, f"blocks.{i}.attn_norm"),
+            below(f"blocks.{i}.attn"),
+            config.n_head,
+            config.n_kv_head,
+            config.head_size,
+            rope_theta=config.rope_theta if config.position == "rotary" else None,
+            norm_eps=config.norm_eps,
+        )
+        x = x + mlp(norm(x, f"blocks.{i}.mlp_norm"), below(f"blocks.{i}.mlp"), config.mlp)
+    output = "tokens.weight" if config.tie_embeddings else "head.weight"
+    return linear(norm(x, "norm"), params[output])
+
+
+def cross_entropy(logits, targets):
+    """Mean of log(sum_j exp(z_j)) - z_target over the targets that are not -1; 0 where none is."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    losses = [
+        row.max() + math.log(np.exp(row - row.max()).sum()) - row[target]
+        for row, target in zip(rows, np.ravel(targets), strict=True)
+        if target != -1
+    ]
+    return math.fsum(losses) / len(losses) if losses else 0.0
+
+
+# Optimization
+
+
+def adamw(w, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
+    """One update of Loshchilov & Hutter 2019, algorithm 2; step counts from 1. Returns w, m, v."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+    return w - lr * (weight_decay * w + m_hat / (np.sqrt(v_hat) + eps)), m, v
+
+
+def clip(grads, max_norm):
+    """g max_norm / |g| where |g| > max_norm (Pascanu et al. 2013, alg. 1). Returns g, old |g|."""
+    norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
+    factor = max_norm / norm if norm > max_norm else 1.0
+    return [g * factor for g in grads], norm
+
+
+def cosine_schedule(step, peak, floor, warmup, decay):
+    """floor + (peak - floor) (1 + cos(pi progress)) / 2 (Loshchilov & Hutter 2017, eq. 5).
+
+    Before: peak (step + 1) / (warmup + 1). progress runs from 0 at warmup to 1 at decay.
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step >= decay:
+        return floor
+    return (
+        floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (decay - warmup))) / 2
+    )
+
+
+def trapezoid_schedule(step, peak, floor, warmup, decay, cooldown):
+    """Warm-up, peak, and a straight line to floor over the last cooldown steps before decay.
+
+    Hägele et al. 2024, section 3. A cooldown that would begin inside the warm-up begins after it.
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step >= decay:
+        return floor
+    start = max(warmup, decay - cooldown)
+    return peak if step <= start else peak + (floor - peak) * (step - start) / (decay - start)
+
+
+# Sampling
+
+
+def top_k(logits, k):
+    """Indices of all logits not below the k-th largest; all for k of None, 0 or at least V."""
+    if not k or k >= len(logits):
+        return set(range(len(logits)))
+    kth = sorted(logits, reverse=True)[k - 1]
+    return {i for i, z in enumerate(logits) if z >= kth}
+
+
+def top_p(logits, p):
+    """Indices of the fewest most likely tokens that reach p together (Holtzman et al. 2020)."""
+    if p is None or p >= 1:
+        return set(range(len(logits)))
+    probabilities = softmax(np.asarray(logits, float))
+    kept, total = set(), 0.0
+    for i in sorted(range(len(logits)), key=lambda i: -probabilities[i]):  # stable: lower id first
+        kept.add(i)
+        total += probabilities[i]
+        if total >= p:
+            break
+    return kept
