@@ -1,0 +1,212 @@
+"""Attention: how the tokens of a sequence look at one another.
+
+Every token makes three vectors out of its own channels: a query ("what am I looking for"), a key
+("what do I hold") and a value ("what do I pass on"). A query is compared with all keys by their
+dot product; a softmax turns the scores into weights that sum to one; the answer is the mean of the
+values under these weights (Vaswani et al. 2017, eq. 1):
+
+    Attention(Q, K, V) = softmax(Q K^T / sqrt(hs)) V
+
+The scores are divided by sqrt(hs) because the dot product of two vectors with hs independent
+entries of variance 1 has variance hs: undivided, the softmax of a wide head would start out
+saturated, where its gradient is zero. A language model must not look ahead, so every score of a
+later key is replaced by -inf before the softmax (causal attention).
+
+Several heads do this side by side, each on its own slice of the channels. Grouped heads (Ainslie
+et al. 2023) let several query heads share one key/value head, which makes the cache smaller.
+Rotary positions (Su et al. 2021, eq. 34) turn queries and keys by an angle proportional to their
+position, so that their product depends on the distance between them alone.
+
+Shapes are named by these letters, in every chapter:
+
+    B batch    T queries (tokens of this call)    S keys (tokens so far)
+    C channels    V vocabulary    nh heads    hs channels of a head
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
+    """Who may look at whom: (T, S) booleans, True where query t may see key s.
+
+    The queries are the last T of the S tokens, so query t stands at position S - T + t.
+    """
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention, as the formula (Vaswani et al. 2017, eq. 1).
+
+    q: (B, nh, T, hs); k, v: (B, n_kv_head, S, hs), where n_kv_head divides nh and query head i
+    reads key/value head i // (nh / n_kv_head). mask: booleans that broadcast to (B, nh, T, S),
+    True where a query may look; each query needs at least one key. causal: also forbid what comes
+    later (S >= T). dropout: the probability that a weight is dropped. Returns (B, nh, T, hs).
+    """
+    (nh, T, hs), S = q.shape[1:], k.shape[-2]
+    groups = nh // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    if causal:
+        scores = scores.masked_fill(~causal_mask(T, S, q.device), -math.inf)
+    weights = F.dropout(torch.softmax(scores, dim=-1), dropout)
+    return weights.to(v.dtype) @ v  # (B, nh, T, hs)
+
+
+def fast_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same function through PyTorch's fused kernels, which never store the (T, S) scores."""
+    T, S = q.shape[-2], k.shape[-2]
+    if causal and T == 1:
+        causal = False  # one query, the newest token, sees all keys
+    if causal and (mask is not None or T != S):
+        # PyTorch aligns its causal mask at the top left: with T < S, query 0 would see only key 0.
+        aligned = causal_mask(T, S, q.device)
+        mask, causal = (aligned if mask is None else mask & aligned), False
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def prefer_formula(device_type: str, dtype: torch.dtype, T: int, S: int) -> bool:
+    """Whether the formula is the faster of the two: a rule drawn from measurements.
+
+    On a CPU the fused kernel's backward pass is slow in half precision, and has little to save
+    where the scores are small; everywhere else it wins.
+    """
+    return device_type == "cpu" and (dtype.itemsize == 2 or S <= 128) and T > 1
+
+
+def rotary_angles(positions: Tensor, hs: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * theta^(-2i/hs), i = 0 .. hs/2 - 1 (Su et al. 2021, eq. 15).
+
+    positions: (T,). Returns two tensors (T, hs/2), fp32.
+    """
+    frequencies = theta ** (-torch.arange(0, hs, 2, device=positions.device).float() / hs)
+    angles = positions.float()[:, None] * frequencies  # (T, hs/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of channels (i, i + hs/2) of x by its angle: rotary positions, in Llama's
+    layout.
+
+    x: (B, nh, T, hs); angles: as rotary_angles gives them. Keeps shape, dtype and length of
+    vectors.
+    """
+    cos, sin = angles[0].to(x.dtype), angles[1].to(x.dtype)  # (T, hs/2)
+    first, second = x.chunk(2, dim=-1)  # (B, nh, T, hs/2) each
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+class KVCache:
+    """The keys and values that one attention layer has computed so far.
+
+    Causal attention never changes the past, so when a text grows by a token, only that token's key
+    and value are new. Space for max_length tokens is taken at the first append.
+    """
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k and v, (B, n_kv_head, T, hs) each; returns all so far, (B, n_kv_head, S, hs)."""
+        if self.length == 0:
+            B, n_kv_head, _, hs = k.shape
+            self.k = k.new_empty(B, n_kv_head, self.max_length, hs)
+            self.v = torch.empty_like(self.k)
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang & Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Under autocast x may be narrower than the weight, and PyTorch's kernel wants them alike.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention with several heads, each in its own subspace (Vaswani et al. 2017, section 3.2.2).
+
+    n_kv_head key/value heads serve n_head query heads. With qk_norm, every query and key is
+    divided by its root mean square before the rotation (Henry et al. 2020; the layout is Qwen3's),
+    which bounds the scores. dropout falls on the weights while training; the caller drops the
+    output.
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        *,
+        n_kv_head: int,
+        head_size: int,
+        bias: bool,
+        dropout: float,
+        causal: bool = True,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.head_size, self.dropout, self.causal = head_size, dropout, causal
+        self.q = nn.Linear(n_embd, n_head * head_size, bias=bias)
+        self.k = nn.Linear(n_embd, n_kv_head * head_size, bias=bias)
+        self.v = nn.Linear(n_embd, n_kv_head * head_size, bias=bias)
+        self.out = nn.Linear(n_head * head_size, n_embd, bias=bias)
+        self.q_norm = RMSNorm(head_size, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_size, eps=norm_eps) if qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        angles: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x: (B, T, C); angles: rotary angles of the T positions; cache: the T tokens follow its
+        own.
+
+        mask: booleans that broadcast to (B, nh, T, S), True where a query may look. Returns (B, T,
+        C).
+        """
+        B, T, _ = x.shape
+        q = self.q_norm(self.q(x).view(B, T, -1, self.head_size)).transpose(1, 2)  # (B, nh, T, hs)
+        k = self.k_norm(self.k(x).view(B, T, -1, self.head_size)).transpose(1, 2)
+        v = self.v(x).view(B, T, -1, self.head_size).transpose(1, 2)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, n_kv_head, S, hs)
+        formula = prefer_formula(x.device.type, q.dtype, T, k.shape[2])
+        attend = attention if formula else fast_attention
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, causal=self.causal, mask=mask, dropout=dropout)  # (B, nh, T, hs)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
