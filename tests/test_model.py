@@ -1,0 +1,438 @@
+"""The model: the whole GPT against its NumPy twin, and the laws that hold for every config."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import close
+from strategies import (
+    attention_by,
+    both_paths,
+    model_configs,
+    random_gpt,
+    random_tokens,
+    scramble,
+    seeds,
+    to_torch,
+    torch_seeded,
+    weights_of,
+)
+
+from nanolm.attention import KVCache
+from nanolm.model import GPT, MLPS, NORMS, ModelConfig, count_parameters, cross_entropy, sinusoids
+
+TINY = ModelConfig(vocab_size=17, block_size=11, n_layer=2, n_head=2, n_embd=6)
+
+
+def tolerance(config):
+    """Tables of angles and waves are made in fp32; everything else follows the model's dtype."""
+    return 1e-9 if config.position == "learned" else 1e-5
+
+
+def some_targets(config, seed, ignored=0.3):
+    """Targets (2, block_size), a share of them ignored."""
+    targets = random_tokens(config, seed + 1)
+    return targets.masked_fill(
+        torch.rand(targets.shape, generator=torch_seeded(seed)) < ignored, -1
+    )
+
+
+# The parts
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", MLPS)
+@given(seed=seeds)
+@settings(deadline=None, max_examples=10)
+def test_every_mlp_is_its_formula(kind, bias, seed):
+    config = dataclasses.replace(TINY, mlp=kind, n_hidden=23, bias=bias)
+    module = scramble(MLPS[kind](config).double(), seed)
+    x = np.random.default_rng(seed).normal(size=(2, 3, 6)) * 3
+    assert close(module(*to_torch(x)), reference.mlp(x, weights_of(module), kind), 1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", NORMS)
+@given(seed=seeds, eps=st.sampled_from([1e-5, 1.0]), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+@settings(deadline=None, max_examples=10)
+def test_every_norm_is_its_formula(kind, bias, seed, eps, scale):
+    """Also of tiny vectors, where eps is most of the variance."""
+    config = dataclasses.replace(TINY, norm=kind, norm_eps=eps, bias=bias)
+    module = scramble(NORMS[kind](config).double(), seed)
+    weights = weights_of(module)
+    x = np.random.default_rng(seed).normal(size=(2, 3, 6)) * scale + scale
+    if kind == "layer":
+        expected = reference.layer_norm(x, weights["weight"], weights.get("bias"), eps)
+    else:
+        expected = reference.rms_norm(x, weights["weight"], eps)
+    assert close(module(*to_torch(x)), expected, 1e-10)
+
+
+def test_the_tanh_form_of_gelu_is_within_a_thousandth_of_the_exact_one():
+    x = np.linspace(-10, 10, 2001)
+    assert np.abs(reference.gelu_tanh(x) - reference.gelu_erf(x)).max() < 1e-3
+
+
+@given(st.integers(1, 50), st.integers(1, 23))
+@settings(deadline=None, max_examples=30)
+def test_sinusoids_are_their_formula(length, n_embd):
+    """For an odd number of channels too."""
+    assert close(sinusoids(length, n_embd), reference.sinusoids(length, n_embd))
+
+
+# The whole
+
+
+@both_paths
+@given(model_configs(), seeds, st.data())
+@settings(deadline=None, max_examples=40)
+def test_logits_and_loss_are_their_formula(path, config, seed, data):
+    model = random_gpt(config, seed)
+    length = data.draw(st.integers(1, config.block_size))
+    ids, targets = random_tokens(config, seed, length=length), some_targets(config, seed)
+    targets = targets[:, :length]
+    with attention_by(path):
+        logits, no_loss = model(ids)
+        no_logits, loss = model(ids, targets)
+    assert no_loss is None
+    assert no_logits is None
+    assert loss.dtype == torch.float64  # narrower only where the model is
+    expected = reference.gpt_forward(weights_of(model), config, ids.numpy())
+    assert close(logits, expected, tolerance(config))
+    assert close(loss, reference.cross_entropy(expected, targets.numpy()), tolerance(config))
+
+
+@both_paths
+@given(model_configs(), seeds, st.data())
+@settings(deadline=None, max_examples=30)
+def test_changing_the_future_never_changes_the_past(path, config, seed, data):
+    """Bit for bit: whatever stands at t + 1 and later, the logits up to t are the same."""
+    model = scramble(GPT(config).eval(), seed)
+    ids = random_tokens(config, seed)
+    t = data.draw(st.integers(0, config.block_size - 2))
+    changed = ids.clone()
+    changed[:, t + 1 :] = (ids[:, t + 1 :] + 1) % config.vocab_size
+    with attention_by(path):
+        before, after = model(ids)[0], model(changed)[0]
+    assert torch.equal(before[:, : t + 1], after[:, : t + 1])
+    assert not torch.equal(before[:, t + 1 :], after[:, t + 1 :])
+
+
+@given(model_configs(), seeds)
+@settings(deadline=None, max_examples=15)
+def test_sequences_of_a_batch_do_not_see_each_other(config, seed):
+    model = random_gpt(config, seed)
+    ids = random_tokens(config, seed, batch=3)
+    alone = torch.cat([model(row[None])[0] for row in ids])
+    assert close(model(ids)[0], alone, 1e-10)
+
+
+@both_paths
+@given(model_configs(), seeds)
+@settings(deadline=None, max_examples=15)
+def test_the_gradient_is_the_slope_of_the_loss(path, config, seed):
+    """Along random directions: (f(w + h d) - f(w - h d)) / 2h = gradient . d."""
+    model = random_gpt(config, seed)
+    ids, targets = random_tokens(config, seed), some_targets(config, seed)
+    weights, generator, h = list(model.parameters()), torch_seeded(seed), 1e-6
+
+    def loss_after(moves):
+        for w, move in zip(weights, moves, strict=True):
+            w.data += move
+        return model(ids, targets)[1]
+
+    with attention_by(path):
+        gradient = torch.autograd.grad(model(ids, targets)[1], weights)
+        for _ in range(2):
+            d = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
+            above = loss_after([h * x for x in d])
+            below = loss_after([-2 * h * x for x in d])
+            loss_after([h * x for x in d])  # back again
+            slope = sum((g * x).sum() for g, x in zip(gradient, d, strict=True))
+            assert close((above - below) / (2 * h), slope, 1e-4)
+
+
+@both_paths
+@given(model_configs(), seeds)
+@settings(deadline=None, max_examples=15)
+def test_half_precision_gives_an_fp32_loss_near_the_exact_one(path, config, seed):
+    """Under autocast as in training, where matrices are bf16 and norms may answer in fp32."""
+    model = scramble(GPT(config), seed, scale=0.05)
+    ids, targets = random_tokens(config, seed), some_targets(config, seed)
+    with attention_by(path):
+        exact = model(ids, targets)[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, targets)[1]
+        loss.backward()
+    assert loss.dtype == torch.float32
+    assert close(loss, exact, 0.03)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+# The loss
+
+
+@given(seeds, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([1.0, 100.0]))
+@settings(deadline=None, max_examples=20)
+def test_cross_entropy_is_its_formula(seed, ignored, scale):
+    logits = np.random.default_rng(seed).normal(size=(2, 11, 17)) * scale
+    targets = some_targets(TINY, seed, ignored)
+    loss = cross_entropy(torch.from_numpy(logits), targets)
+    assert close(loss, reference.cross_entropy(logits, targets.numpy()), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_loss_of_no_target_is_exactly_0_with_a_gradient_of_0(dtype):
+    logits = torch.randn(2, 3, 5, dtype=dtype, requires_grad=True)
+    loss = cross_entropy(logits, torch.full((2, 3), -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_softmax_of_half_precision_logits_is_computed_in_fp32(dtype):
+    """A sum over many tokens would lose most of its digits, in fp16 overflow."""
+    logits = (torch.randn(2, 3, 5003, generator=torch_seeded(0)) * 4).to(dtype)
+    targets = torch.tensor([[0, 7, -1], [4999, -1, 3]])
+    loss = cross_entropy(logits, targets)
+    assert loss.dtype == torch.float32
+    assert close(loss, reference.cross_entropy(logits.double().numpy(), targets.numpy()))
+
+
+# The cache
+
+
+@both_paths
+@given(model_configs(), seeds, st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_cache_changes_no_logit_however_the_sequence_is_split(path, config, seed, data):
+    """Prefill in one piece or several, then single steps, or any mixture of them."""
+    model = random_gpt(config, seed)
+    ids, cache, parts = random_tokens(config, seed), model.new_cache(), []
+    with attention_by(path):
+        whole, _ = model(ids)
+        while (start := cache[0].length) < config.block_size:
+            end = start + data.draw(st.integers(1, config.block_size - start))
+            parts.append(model(ids[:, start:end], cache=cache)[0])
+            assert {layer.length for layer in cache} == {end}
+    assert close(torch.cat(parts, dim=1), whole, 1e-10)
+
+
+@given(model_configs(), seeds)
+@settings(deadline=None, max_examples=15)
+def test_a_cache_changes_no_logit_in_fp32_token_by_token(config, seed):
+    model = scramble(GPT(config).eval(), seed, scale=0.1)
+    ids, cache = random_tokens(config, seed), model.new_cache()
+    steps = [model(ids[:, t : t + 1], cache=cache)[0] for t in range(config.block_size)]
+    assert close(torch.cat(steps, dim=1), model(ids)[0])
+
+
+def test_a_cache_has_one_part_per_layer_with_room_for_the_block():
+    cache = GPT(TINY).new_cache()
+    assert [type(layer) for layer in cache] == [KVCache] * TINY.n_layer
+    assert {layer.max_length for layer in cache} == {TINY.block_size}
+    assert {layer.length for layer in cache} == {0}
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
+def test_a_context_longer_than_the_block_is_refused_and_leaves_the_cache_alone(position):
+    model = GPT(dataclasses.replace(TINY, position=position, head_size=2))
+    ids = random_tokens(TINY, 0, length=TINY.block_size + 1)
+    with pytest.raises(ValueError, match=r"12 tokens.*block_size is 11"):
+        model(ids)
+    cache = model.new_cache()
+    model(ids[:, :-2], cache=cache)
+    with pytest.raises(ValueError, match=r"12 tokens.*block_size is 11"):
+        model(ids[:, -2:], cache=cache)
+    assert {layer.length for layer in cache} == {TINY.block_size - 1}
+    model(ids[:, -1:], cache=cache)  # the last place
+
+
+# The weights
+
+
+def expected_shapes(config):
+    """The shape of every weight by name, from the config alone."""
+    C, H, V = config.n_embd, config.n_hidden, config.vocab_size
+    q, kv = config.n_head * config.head_size, config.n_kv_head * config.head_size
+    matrices = {"attn.q": (q, C), "attn.k": (kv, C), "attn.v": (kv, C), "attn.out": (C, q)}
+    matrices |= {"mlp.up": (H, C), "mlp.down": (C, H)}
+    if config.mlp == "swiglu":
+        matrices["mlp.gate"] = (H, C)
+    block = {f"{name}.weight": shape for name, shape in matrices.items()}
+    if config.bias:
+        block |= {f"{name}.bias": shape[:1] for name, shape in matrices.items()}
+    if config.qk_norm:
+        block |= {f"attn.{x}_norm.weight": (config.head_size,) for x in "qk"}
+    norm = ["weight", "bias"] if config.bias and config.norm == "layer" else ["weight"]
+    block |= {f"{x}_norm.{w}": (C,) for x in ("attn", "mlp") for w in norm}
+    shapes = {"tokens.weight": (V, C), "head.weight": (V, C)}
+    if config.position == "learned":
+        shapes["positions.weight"] = (config.block_size, C)
+    shapes |= {f"norm.{w}": (C,) for w in norm}
+    for i in range(config.n_layer):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def expected_count(config):
+    total = sum(math.prod(shape) for shape in expected_shapes(config).values())
+    return total - config.tie_embeddings * config.vocab_size * config.n_embd
+
+
+@given(model_configs())
+@settings(deadline=None, max_examples=40)
+def test_the_config_alone_says_which_weights_there_are(config):
+    model = GPT(config)
+    shapes = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+    assert shapes == expected_shapes(config)
+    assert count_parameters(model) == expected_count(config)
+
+
+def test_the_default_config_with_biases_is_gpt_2():
+    """It has as many weights as the published model (Radford et al. 2019)."""
+    assert expected_count(ModelConfig(bias=True)) == 124_439_808
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_tied_embeddings_are_one_tensor_and_stay_one(tie):
+    """Also after loading and moving, and training changes them at once."""
+    config = dataclasses.replace(TINY, tie_embeddings=tie)
+    model = GPT(config)
+    model.load_state_dict(scramble(GPT(config), 0).state_dict())
+    for same in (model, model.to(torch.float64)):
+        assert (same.head.weight is same.tokens.weight) == tie
+    model(random_tokens(config, 0), some_targets(config, 0))[1].backward()
+    with torch.no_grad():
+        model.head.weight += 1
+    assert torch.equal(model.head.weight, model.tokens.weight) == tie
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
+def test_a_loaded_model_gives_the_logits_of_the_saved_one(position):
+    config = dataclasses.replace(TINY, position=position, head_size=4, bias=True)
+    saved, loaded = random_gpt(config, 0), GPT(config).double().eval()
+    loaded.load_state_dict(saved.state_dict())
+    ids = random_tokens(config, 0)
+    assert torch.equal(loaded(ids)[0], saved(ids)[0])
+
+
+@pytest.mark.parametrize("mlp", MLPS)
+@pytest.mark.parametrize("tie", [False, True])
+def test_weights_start_as_gpt_2_draws_them(mlp, tie):
+    """Normal with std 0.02, and smaller by 1 / sqrt(2 n_layer) where they write the residual."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=101, block_size=67, n_layer=3, n_head=4, n_embd=64, mlp=mlp, bias=True,
+        tie_embeddings=tie, qk_norm=True,
+    )  # fmt: skip
+    for name, w in GPT(config).named_parameters():
+        if name.endswith("bias"):
+            assert torch.equal(w, torch.zeros_like(w)), name
+        elif "norm" in name:
+            assert torch.equal(w, torch.ones_like(w)), name
+        else:
+            residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+            std = 0.02 / math.sqrt(2 * 3) if residual else 0.02
+            assert abs(w.std() / std - 1) < 0.05, name
+            assert abs(w.mean()) < std / 10, name
+
+
+@given(model_configs(vocab_size=101))
+@settings(deadline=None, max_examples=20)
+def test_a_new_model_is_as_surprised_as_a_blind_guess(config):
+    torch.manual_seed(0)
+    model = GPT(config)
+    _, loss = model(random_tokens(config, 0), some_targets(config, 0))
+    assert abs(loss - math.log(101)) < 0.1
+
+
+# Dropout
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(TINY, dropout=0.5))
+    same = GPT(TINY)
+    same.load_state_dict(model.state_dict())
+    ids = random_tokens(TINY, 0)
+    assert torch.equal(model.eval()(ids)[0], same.eval()(ids)[0])
+    model.train()
+    assert not torch.equal(model(ids)[0], model(ids)[0])
+
+
+def test_dropout_falls_on_the_embeddings_and_on_what_each_block_adds():
+    """Where everything is dropped, a block adds nothing, and a model has nothing to add to."""
+    model = scramble(GPT(dataclasses.replace(TINY, dropout=0.5, bias=True)), 0)
+    assert [block.attn.dropout for block in model.blocks] == [0.5, 0.5]
+    x = torch.randn(2, 11, 6)
+    for block in model.blocks:
+        assert block.dropout.p == 0.5
+        block.dropout.p = 1.0
+        assert torch.equal(block(x), x)
+    assert model.dropout.p == 0.5
+    model.dropout.p = 1.0
+    logits, _ = model(random_tokens(TINY, 0))
+    assert torch.equal(logits, model.head(model.norm(torch.zeros(2, 11, 6))))
+
+
+# The config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for value in (0, -1) for key in (
+            "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_hidden", "n_kv_head",
+            "head_size",
+        )),
+        ("dropout", 1.0), ("dropout", -0.1), ("dropout", math.nan),
+        ("norm_eps", 0.0), ("norm_eps", -1e-5), ("rope_theta", 0.0), ("rope_theta", -1.0),
+        ("norm", "batch"), ("position", "alibi"), ("mlp", "tanh"),
+        ("n_embd", 770), ("n_kv_head", 5), ("n_kv_head", 24),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_key_and_value(key, value):
+    with pytest.raises(ValueError, match=f"{key}={value!r}"):
+        ModelConfig(**{key: value})
+
+
+def test_rotary_positions_need_an_even_head_size():
+    with pytest.raises(ValueError, match="head_size=3"):
+        ModelConfig(position="rotary", n_embd=6, n_head=2)
+    with pytest.raises(ValueError, match="head_size=5"):
+        ModelConfig(position="rotary", head_size=5)
+    assert ModelConfig(position="learned", head_size=5).head_size == 5
+
+
+@pytest.mark.parametrize("key", ["norm", "position", "mlp"])
+def test_an_unknown_choice_is_answered_by_the_known_ones(key):
+    known = {"norm": "layer, rms", "position": "learned, sinusoidal, rotary"}
+    with pytest.raises(ValueError, match=known.get(key, "gelu, swiglu, relu2")):
+        ModelConfig(**{key: "unheard-of"})
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.sampled_from(list(MLPS)))
+@settings(deadline=None, max_examples=30)
+def test_what_is_left_out_follows_from_the_rest(n_head, head_size, mlp):
+    config = ModelConfig(n_head=n_head, n_embd=n_head * head_size, mlp=mlp)
+    assert config.head_size == head_size
+    assert config.n_kv_head == n_head
+    if mlp == "swiglu":  # 8/3 n_embd, rounded up to a multiple of 64
+        assert config.n_hidden % 64 == 0
+        assert 0 <= 3 * config.n_hidden - 8 * config.n_embd < 3 * 64
+    else:
+        assert config.n_hidden == 4 * config.n_embd
+
+
+def test_what_is_given_is_kept():
+    config = ModelConfig(n_embd=7, n_head=4, n_kv_head=2, head_size=3, n_hidden=5)
+    assert (config.n_kv_head, config.head_size, config.n_hidden) == (2, 3, 5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.n_embd = 8
