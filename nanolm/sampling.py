@@ -1,0 +1,138 @@
+"""Sampling: from logits to the next token, and from a model to a stream of tokens.
+
+A model gives a distribution over the next token; drawing from it, appending the token and asking
+again writes text. Three knobs shape the distribution first. A temperature divides the logits:
+below 1 the likely becomes likelier, and 0 takes the most likely token always. Top-k keeps the k
+most likely tokens (Fan et al. 2018). Top-p keeps the smallest set of most likely tokens whose
+probabilities reach p (Holtzman et al. 2020).
+
+One rule holds where the text outgrows the model's context, with a cache or without: the last half
+of the context is kept, and read again from position 0. (Dropping one token at a time would need
+every key computed anew at every step, because each position would move.)
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def keep_top_k(logits: Tensor, k: int | None) -> Tensor:
+    """Set all but the k largest of the last axis to -inf; None, 0 or more than there are keeps
+    all.
+
+    Where several are equal to the k-th largest, all of them stay.
+    """
+    if not k or k >= logits.shape[-1]:
+        return logits
+    kth = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float | None) -> Tensor:
+    """Keep the smallest set of most likely tokens (at least one) that together reach p."""
+    if p is None or p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # of all the likelier ones
+    dropped = before >= p
+    dropped[..., 0] = False
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+
+
+def sample_next(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token for each row: logits (B, V) -> ids (B,). Temperature 0: the largest logit."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Iterable[int] = (),
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Iterator[Tensor]:
+    """Continue the prompts ids, (B, T) with T >= 1: yields the next token of each row, (B,), at
+    each step.
+
+    A row that has drawn one of stop_ids repeats it; the stream ends when all rows have, or after
+    max_new_tokens. The model should be in eval mode. Raises ValueError for knobs out of range.
+    """
+    check_knobs(max_new_tokens, temperature, top_k, top_p)
+    if ids.shape[1] == 0:
+        raise ValueError("the prompt is empty: give at least one token to start from")
+    stop = torch.tensor(list(stop_ids), device=ids.device)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    block_size = model.config.block_size
+    context = ids[:, -block_size:]
+    cache, unread = model.new_cache(), context  # unread: the end of the context, not yet cached
+    for _ in range(max_new_tokens):
+        if context.shape[1] > block_size:
+            context = context[:, -max(1, block_size // 2) :]
+            cache, unread = model.new_cache(), context
+        logits, _ = model(unread, cache=cache) if use_cache else model(context)  # (B, T, V)
+        drawn = sample_next(
+            logits[:, -1], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
+        drawn = torch.where(done, context[:, -1], drawn)
+        yield drawn
+        done |= torch.isin(drawn, stop)
+        if done.all():
+            return
+        unread = drawn[:, None]
+        context = torch.cat((context, unread), dim=1)
+
+
+def check_knobs(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Raise ValueError for a knob of generate that is out of range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: must be at least 0")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k={top_k}: must be at least 1, or 0 for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
+
+
+def until(pieces: Iterable[str], stop: str | None) -> Iterator[str]:
+    """Pass pieces of text on until the text stop appears in them, across pieces too.
+
+    What could still become the stop text is held back until it is decided; the stop text itself is
+    not passed on.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if stop and stop in held:
+            yield held[: held.index(stop)]
+            return
+        safe = len(held) - longest_overlap(held, stop or "")
+        yield held[:safe]
+        held = held[safe:]
+    yield held
+
+
+def longest_overlap(text: str, stop: str) -> int:
+    """The length of the longest proper beginning of stop that text ends with."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
