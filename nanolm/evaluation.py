@@ -1,0 +1,52 @@
+"""Evaluation: how well a model predicts text it was not trained on.
+
+The loss is the mean number of nats by which the model is surprised by each token. exp(loss) is the
+perplexity: the size of a vocabulary over which a blind guess would be as good. Losses of models
+with different tokenizers do not compare, since their tokens hold more or less text; bits per byte
+do.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    autocast: Callable[[], torch.autocast],
+) -> float:
+    """Mean loss over all targets that are not -1, in nats; the model returns in the mode it was
+    in.
+
+    batches: ids and targets, (B, T) each, on the model's device. Draws no random numbers. Raises
+    ValueError where there is no target at all.
+    """
+    was_training = model.training
+    model.eval()
+    sums = []  # stay on the device: reading each one would make it wait
+    for ids, targets in batches:
+        with autocast():
+            _, loss = model(ids, targets)
+        n = (targets != -1).sum()
+        sums.append(torch.stack((loss * n, n)))
+    model.train(was_training)
+    sums = torch.stack(sums).tolist() if sums else [[0.0, 0.0]]
+    total, count = (math.fsum(column) for column in zip(*sums, strict=True))
+    if not count:
+        raise ValueError("nothing to evaluate: no batch has a target")
+    return total / count
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token as bits per byte of the text behind the tokens."""
+    return loss / math.log(2) / bytes_per_token
