@@ -1,0 +1,103 @@
+"""Every key of a training run, its default and its range.
+
+Names and defaults are nanoGPT's where the meaning is the same, so that its config files mean here
+what they mean there. `python train.py --help` prints this table.
+"""
+
+from dataclasses import dataclass, fields
+
+from nanolm.model import ModelConfig, require_at_least
+from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelConfig):
+    """The keys of a model, and those of its training."""
+
+    vocab_size: int | None = None  # set by the tokenizer
+    # the run
+    out_dir: str | None = None  # its folder; None: out/<name of the config file>
+    init_from: str = "scratch"  # scratch | resume | auto (resume, else scratch) | FOLDER of a run
+    overwrite: bool = False  # let scratch replace the run that is in out_dir
+    eval_interval: int = 2000  # updates between evaluations
+    eval_iters: int = 200  # batches per evaluation of a split; 0: all of val, as many of train
+    eval_only: bool = False  # stop after the first evaluation
+    log_interval: int = 1  # updates between lines on the console
+    sample_tokens: int = 200  # length of the sample printed at each evaluation; 0: none
+    always_save_checkpoint: bool = True  # False: keep only the newest step file, beside best.pt
+    keep_checkpoints: int = 2  # step files that are kept
+    wandb_log: bool = False  # also log to Weights & Biases
+    wandb_project: str = "nanolm"  # its project
+    wandb_run_name: str | None = None  # its run; None: the name of out_dir
+    # data
+    dataset: str = "openwebtext"  # folder in data/
+    batch_size: int = 12  # sequences per micro-batch
+    gradient_accumulation_steps: int = 40  # micro-batches per update
+    seed: int = 1337  # of weights, data order and dropout
+    # optimizer
+    optimizer: str = "adamw"  # adamw
+    learning_rate: float = 6e-4  # at its peak
+    max_iters: int = 600000  # updates
+    weight_decay: float = 1e-1  # of matrices
+    beta1: float = 0.9  # decay of the running mean of gradients
+    beta2: float = 0.95  # decay of the running mean of their squares
+    grad_clip: float = 1.0  # longest gradient; 0: any
+    decay_lr: bool = True  # False: the same rate at every update
+    schedule: str = "cosine"  # cosine | trapezoid
+    warmup_iters: int = 2000  # updates of linear warm-up
+    lr_decay_iters: int | None = None  # update at which min_lr is reached; None: max_iters
+    cooldown_iters: int | None = None  # trapezoid: length of the slope; None: lr_decay_iters / 5
+    min_lr: float = 6e-5  # rate at the end
+    # machine
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16: precision of matrix products
+    compile: bool | str = "auto"  # auto | True | False
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, 1, "eval_interval log_interval keep_checkpoints batch_size")
+        require_at_least(self, 1, "gradient_accumulation_steps lr_decay_iters cooldown_iters")
+        require_at_least(self, 0, "eval_iters sample_tokens seed max_iters warmup_iters")
+        require_at_least(self, 0, "weight_decay grad_clip min_lr")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: must be above 0")
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            raise ValueError(
+                f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}"
+            )
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
+        for key, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, key) not in choices:
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r}: choose one of {', '.join(choices)}"
+                )
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
+    def model_config(self) -> ModelConfig:
+        """The model's part of the keys."""
+        return ModelConfig(**{key: getattr(self, key) for key in MODEL_KEYS})
+
+    def rate(self, step: int) -> float:
+        """The learning rate of an update."""
+        if not self.decay_lr:
+            return self.learning_rate
+        decay_iters = self.lr_decay_iters or max(1, self.max_iters)
+        return learning_rate(
+            step,
+            schedule=self.schedule,
+            peak=self.learning_rate,
+            floor=self.min_lr,
+            warmup_iters=self.warmup_iters,
+            decay_iters=decay_iters,
+            cooldown_iters=self.cooldown_iters or max(1, decay_iters // 5),
+        )
+
+
+# What two models must share to share their weights.
+MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
+SHAPE_KEYS = tuple(key for key in MODEL_KEYS if key != "dropout")
