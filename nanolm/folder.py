@@ -1,0 +1,123 @@
+"""The folder of a run: where it starts from, what protects it, and the model that comes out of it.
+
+It contains run.json (the configuration and the engine), nanolm_tokenizer.json, metrics.jsonl,
+loss.png, step_XXXXXXXX.pt and best.pt. A run can be stopped and resumed; another one cannot start
+over it by mistake, and two cannot write to it at once.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from nanolm import checkpoint
+from nanolm.data import TOKENIZER_FILE, Dataset
+from nanolm.files import lock, made_folder, write_text
+from nanolm.model import GPT, ModelConfig
+from nanolm.settings import MODEL_KEYS, SHAPE_KEYS, TrainConfig
+from nanolm.tokenizer import CharTokenizer, load_tokenizer
+
+RUNS = Path("out")
+RUN_FILE, METRICS_FILE, PICTURE = "run.json", "metrics.jsonl", "loss.png"
+
+
+@contextmanager
+def run_folder(path: str) -> Iterator[Path]:
+    """Make a run's folder and lock it; where nothing is put in it, it does not stay.
+
+    Raises ValueError where it cannot be written, or another process writes it.
+    """
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(made_folder(path))
+            write_text(folder / ".writable", "")
+            (folder / ".writable").unlink()
+        except OSError as error:
+            raise ValueError(
+                f"out_dir={path!r} cannot be written ({error.strerror}); "
+                "choose another with --out_dir=PATH"
+            ) from None
+        stack.enter_context(lock(folder))
+        yield folder
+
+
+def find_start(config: TrainConfig, folder: Path) -> tuple[str, dict | None]:
+    """What init_from asks for: ("scratch", None), or ("resume" | "weights", a checkpoint).
+
+    Raises ValueError or FileNotFoundError where that cannot be.
+    """
+    there, way = checkpoint.step_files(folder), config.init_from
+    if way == "auto":
+        way = "resume" if there else "scratch"
+    if way not in ("scratch", "resume") and not Path(way).is_dir():
+        raise ValueError(f"init_from={way!r}: choose scratch, resume, auto or the folder of a run")
+    if way != "resume" and there and not (config.overwrite or config.eval_only):
+        raise ValueError(
+            f"{folder} holds a run already: continue it with --init_from=resume, choose another "
+            "--out_dir, or replace it with --overwrite=true"
+        )
+    if way == "scratch":
+        return way, None
+    resume = way == "resume"
+    saved, problems = checkpoint.load_newest(folder) if resume else checkpoint.load_best(way)
+    for problem in problems:
+        print(f"warning   {problem}; using the one before it")
+    return ("resume" if resume else "weights"), saved
+
+
+def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig:
+    """The config of a run that starts from a checkpoint.
+
+    A resumed run keeps its model: keys that differ are an error, other changes are printed. A new
+    run that starts from another's weights takes over their shape. Dropout may change either way.
+    """
+    old, new = saved["config"], asdict(config)
+    if way == "weights":
+        return replace(config, **{key: old[key] for key in SHAPE_KEYS})
+    changed = {key for key in new if key in old and old[key] != new[key]}
+    wrong = [
+        f"{key} is {old[key]!r} there and {new[key]!r} here"
+        for key in SHAPE_KEYS
+        if key in changed
+    ]
+    if wrong:
+        raise ValueError(
+            f"this config does not match the checkpoint in {config.out_dir}: {'; '.join(wrong)}; "
+            "give the keys as they were, or choose another --out_dir"
+        )
+    for key in sorted(changed - {"init_from", "overwrite", "eval_only", "out_dir"}):
+        print(f"changed   {key}: {old[key]!r} before, {new[key]!r} now")
+    return config
+
+
+def check_tokenizer(folder: Path, dataset: Dataset) -> None:
+    """Raise ValueError where the run in the folder was trained on another tokenizer's ids."""
+    if load_tokenizer(folder / TOKENIZER_FILE) != dataset.tokenizer:
+        raise ValueError(
+            f"the model in {folder} was trained with another tokenizer than that of "
+            f"{dataset.folder}: choose the --dataset it knows, or train a new model from scratch"
+        )
+
+
+def load_trained(folder: str | Path) -> tuple[GPT, CharTokenizer, int]:
+    """The best model of a run, its tokenizer, and how many updates it has had.
+
+    Raises FileNotFoundError where the folder is no run, ValueError where its files are damaged.
+    """
+    folder = Path(folder)
+    if not (folder / TOKENIZER_FILE).exists():
+        raise FileNotFoundError(f"{folder} is not the folder of a run: train one with train.py")
+    saved, _ = checkpoint.load_best(folder)
+    model = GPT(ModelConfig(**{key: saved["config"][key] for key in MODEL_KEYS}))
+    model.load_state_dict(saved["model"])
+    return model.eval(), load_tokenizer(folder / TOKENIZER_FILE), saved["step"]
+
+
+def newest_run() -> Path:
+    """The folder in out/ that was trained last. Raises FileNotFoundError where there is none."""
+    files = list(RUNS.glob("*/*.pt"))
+    if not files:
+        raise FileNotFoundError(
+            f"no run in {RUNS}/: train one with train.py, or name its folder with --out_dir=PATH"
+        )
+    return max(files, key=lambda path: path.stat().st_mtime).parent

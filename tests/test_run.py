@@ -1,0 +1,295 @@
+"""Laws of whole runs: `train.py` and `sample.py` as a user meets them, on a tiny text."""
+
+import json
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from nanolm.checkpoint import load
+from nanolm.config import load_config
+from nanolm.metrics import draw_losses, read_metrics
+from nanolm.run import start_run
+from nanolm.settings import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """Drawing takes longer than these runs."""
+    monkeypatch.setattr("nanolm.metrics.draw_losses", lambda *_, **__: False)
+
+
+def train(*arguments: str) -> Path:
+    """Run the tiny config with these changes, in the current folder; returns its out_dir."""
+    config = load_config(TrainConfig, [*TINY, "--out_dir=out/x", *arguments])
+    start_run(config)
+    return Path(config.out_dir)
+
+
+def equal(a, b) -> bool:
+    """Whether two checkpoints hold the same, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The rows of a run's metrics, but for its speed."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------
+# Resuming
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["--dropout=0.2"],
+        ["--dropout=0.2", "--gradient_accumulation_steps=3", "--schedule=trapezoid"],
+        ["--dtype=bfloat16"],
+        ["--dropout=0.2", "--dtype=float16"],
+        pytest.param(["--compile=true", "--dropout=0.2"], marks=pytest.mark.long),
+    ],
+    ids=lambda keys: " ".join(keys),
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(keys, tiny_run):
+    """To the last bit: weights, optimizer, losses and what is best, from every checkpoint."""
+    keys = [*keys, "--max_iters=8", "--keep_checkpoints=9"]
+    whole = train(*keys, "--out_dir=out/whole")
+    for step in (2, 4, 6):
+        cut = Path(shutil.copytree(whole, f"out/cut{step}"))
+        for path in [*cut.glob("step_*"), cut / "best.pt"]:
+            if path.name == "best.pt" or int(path.stem[5:]) > step:
+                path.unlink()  # metrics.jsonl still tells of what is lost
+        train(*keys, f"--out_dir={cut}", "--init_from=resume")
+        pair = [load(folder / "step_00000008.pt") for folder in (whole, cut)]
+        for content in pair:
+            for key in ("out_dir", "init_from"):
+                del content["config"][key]
+        assert equal(*pair)
+        assert numbers(cut) == numbers(whole)
+
+
+def test_a_resumed_run_keeps_what_auto_chose(tiny_run, monkeypatch, capsys):
+    """Also where it would choose otherwise now, as with a larger max_iters."""
+    folder = train("--compile=auto")
+    monkeypatch.setattr("nanolm.parallel.COMPILE_FROM_FLOPS", {"float32": 0.0})
+    train("--compile=auto", "--init_from=resume", "--max_iters=6")
+    assert "not compiled (as the run began)" in capsys.readouterr().out
+    assert json.loads((folder / "run.json").read_text())["engine"]["compile"] is False
+
+
+def test_auto_starts_or_resumes_and_a_finished_run_says_so(tiny_run, capsys):
+    train("--init_from=auto", "--max_iters=2", "--lr_decay_iters=4")
+    train("--init_from=auto", "--max_iters=4", "--lr_decay_iters=4")
+    assert "resumed at step 2" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in Path("out/x").iterdir()}
+    train("--init_from=auto", "--max_iters=4", "--lr_decay_iters=4")
+    assert "out/x is finished: 4 of 4 updates are made" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in Path("out/x").iterdir()}
+
+
+def test_changed_keys_are_listed_on_resume(tiny_run, capsys):
+    train()
+    train("--init_from=resume", "--max_iters=6", "--learning_rate=0.01", "--dropout=0.3")
+    out = capsys.readouterr().out
+    assert "changed   learning_rate: 0.0006 before, 0.01 now" in out
+    assert "changed   dropout: 0.0 before, 0.3 now" in out
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tiny_run, capsys):
+    folder = train()
+    (folder / "step_00000004.pt").write_bytes(b"half")
+    train("--init_from=resume")
+    out = capsys.readouterr().out
+    assert out.count("warning   cannot read the checkpoint out/x/step_00000004.pt") == 1
+    assert "resumed at step 2" in out
+
+
+# ------------------------------------------------------------------------------------------
+# The run
+
+
+def test_evaluation_never_changes_training(tiny_run):
+    often = train("--out_dir=out/often", "--eval_interval=1", "--sample_tokens=9", "--dropout=0.3")
+    rarely = train("--out_dir=out/rarely", "--eval_interval=4", "--dropout=0.3")
+    pair = [load(folder / "step_00000004.pt") for folder in (often, rarely)]
+    assert equal(pair[0]["model"], pair[1]["model"])
+    assert equal(pair[0]["optimizer"], pair[1]["optimizer"])
+
+
+def test_a_run_leaves_its_files_and_no_others(tiny_run, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("nanolm.metrics.draw_losses", draw_losses)
+    folder = train("--keep_checkpoints=1")
+    names = {"run.json", "nanolm_tokenizer.json", "metrics.jsonl", "loss.png"}
+    names |= {"step_00000004.pt", "best.pt"}
+    assert {path.name for path in folder.iterdir()} == names
+    record = json.loads((folder / "run.json").read_text())
+    assert record["config"]["n_embd"] == 8
+    assert record["engine"] == {"device": "cpu", "dtype": "float32", "compile": False}
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_best_is_the_checkpoint_with_the_lowest_validation_loss(tiny_run):
+    """At a rate that is too high, the loss rises again after its best."""
+    folder = train(
+        "--learning_rate=0.5", "--max_iters=8", "--keep_checkpoints=9", "--eval_iters=0"
+    )
+    rows = [row for row in numbers(folder) if "val_loss" in row and row["step"] > 0]
+    lowest = min(rows, key=lambda row: row["val_loss"])
+    assert lowest != rows[-1]
+    best = load(folder / "best.pt")
+    assert (best["step"], best["best_val_loss"]) == (lowest["step"], lowest["val_loss"])
+
+
+def test_only_the_newest_step_is_kept_when_asked(tiny_run):
+    folder = train("--always_save_checkpoint=false", "--keep_checkpoints=5")
+    assert [path.name for path in folder.glob("step_*")] == ["step_00000004.pt"]
+
+
+def test_the_first_loss_is_about_that_of_a_blind_guess(tiny_run, capsys):
+    folder = train("--eval_iters=0")
+    guess = float(re.search(r"ln\(\d+\) = ([\d.]+)", capsys.readouterr().out)[1])
+    assert abs(numbers(folder)[0]["val_loss"] - guess) < 0.1
+
+
+def test_the_run_shows_itself(tiny_run, capsys):
+    train("--max_iters=4")
+    out = capsys.readouterr().out
+    for label in ("run", "device", "precision", "compile", "data", "model", "updates", "loss"):
+        assert re.search(rf"^{label} +\S", out, re.MULTILINE), label
+    assert "parameters" in out
+    assert re.search(r"4 of 16 tokens each: 0\.\d+ epochs", out)
+    assert len(re.findall(r"^step +\d+ \| loss .* lr .* norm .* tok/s", out, re.MULTILINE)) == 4
+    assert (
+        len(re.findall(r"^step +\d+ \| train loss .* val loss .* bits per", out, re.MULTILINE))
+        == 3
+    )
+    assert out.count("    | ") >= 3  # a sample at each evaluation
+    assert "sample from it with: python sample.py --out_dir=out/x" in out
+
+
+def test_a_compiled_first_step_is_announced(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr("nanolm.parallel.COMPILE_FROM_FLOPS", {"float32": 0.0})
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr("nanolm.parallel.shutil.which", lambda name: name)
+    train("--compile=auto")
+    out = capsys.readouterr().out
+    assert "the first steps take up to a minute, they compile" in out or "no C++ compiler" in out
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_a_compiled_run_learns_what_an_eager_one_does(backend, tiny_run, monkeypatch):
+    """And its checkpoints bear the same names."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    eager = train("--out_dir=out/eager", "--max_iters=2")
+    compiled = train("--out_dir=out/compiled", "--compile=true", "--max_iters=2")
+    pair = [load(folder / "step_00000002.pt")["model"] for folder in (eager, compiled)]
+    assert pair[0].keys() == pair[1].keys()
+    for key in pair[0]:
+        assert (pair[0][key] - pair[1][key]).abs().max() <= 1e-4
+
+
+def test_a_run_too_long_for_a_cpu_says_so_and_names_another_config(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr("nanolm.run.CPU_FLOPS_PER_THREAD", 1.0)
+    train()
+    assert re.search(
+        r"warning +this run takes .* config/shakespeare_cpu\.py", capsys.readouterr().out
+    )
+
+
+def test_eval_only_evaluates_and_changes_nothing(tiny_run, capsys):
+    folder = train()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    train("--eval_only=true", "--init_from=resume", "--eval_iters=0")
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith("step      4 | train loss ")
+    train("--eval_only=true", "--out_dir=out/none")
+    assert not Path("out/none").exists()
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tiny_run):
+    folder = train()
+    (folder / "notes.txt").write_text("mine")
+    train("--overwrite=true", "--max_iters=2")
+    assert [path.name for path in folder.glob("step_*")] == ["step_00000002.pt"]
+    assert [row["step"] for row in numbers(folder)] == [0, 0, 1, 2]
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_can_start_from_the_weights_of_another(tiny_run):
+    """It takes over their shape, and starts where their loss is."""
+    source = load(tiny_run / "best.pt")
+    folder = train(f"--init_from={tiny_run}", "--n_embd=16", "--eval_iters=0", "--max_iters=2")
+    assert json.loads((folder / "run.json").read_text())["config"]["n_embd"] == 8
+    again = train("--eval_only=true", f"--init_from={tiny_run}", "--out_dir=out/y")
+    assert not again.exists()
+    first = numbers(folder)[0]["val_loss"]
+    assert first == pytest.approx(source["best_val_loss"], abs=0.2)
+    assert numbers(folder)[0]["step"] == 0
+
+
+def test_two_runs_cannot_write_to_one_folder(tiny_run):
+    from nanolm.files import lock
+
+    folder = train()
+    with lock(folder), pytest.raises(ValueError, match="out/x is in use by another process"):
+        train("--init_from=resume", "--max_iters=9")
+
+
+# ------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_sampling_continues_the_prompt_and_takes_the_newest_run(tiny_run, run_main):
+    code, out, err = run_main(
+        "sample", "--start=1 little", "--num_samples=2", "--max_new_tokens=7"
+    )
+    assert code == 0
+    assert err == "sampling from out/tiny, step 4, cpu float32\n" or "step 2" in err
+    texts = out.split("\n---------------\n")
+    assert texts[2] == ""
+    assert all(text.startswith("1 little") and len(text) == 8 + 7 for text in texts[:2])
+    assert texts[0] != texts[1]
+    assert (
+        run_main("sample", "--start=1 little", "--num_samples=2", "--max_new_tokens=7")[1] == out
+    )
+
+
+def test_sampling_reads_prompts_from_files_and_stops_where_told(tiny_run, run_main):
+    Path("prompt.txt").write_text("12 little wol")
+    flags = [
+        "--start=FILE:prompt.txt",
+        "--num_samples=3",
+        "--max_new_tokens=60",
+        "--temperature=9",
+    ]
+    code, out, _ = run_main("sample", *flags, "--out_dir=out/tiny")
+    _, stopped, _ = run_main("sample", *flags, "--init_from=out/tiny", "--stop=e")
+    assert code == 0
+    ends = [text.removeprefix("12 little wol") for text in out.split("\n---------------\n")][:3]
+    cuts = [text.removeprefix("12 little wol") for text in stopped.split("\n---------------\n")][
+        :3
+    ]
+    assert ends[0].split("e")[0] == cuts[0]  # later ones differ: fewer random numbers were drawn
+    assert all("e" not in cut for cut in cuts)
+
+
+def test_sampling_greedily_needs_no_seed(tiny_run, run_main):
+    flags = ["--temperature=0", "--num_samples=2", "--max_new_tokens=9", "--top_p=0.9"]
+    _, first, _ = run_main("sample", *flags)
+    _, other, _ = run_main("sample", *flags, "--seed=3")
+    assert first == other
+    assert len(set(first.split("\n---------------\n")[:2])) == 1
