@@ -1,0 +1,23 @@
+# Python's own documentation, on any machine: what `make train` runs.
+dataset = "pydocs"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+norm = "rms"
+position = "rotary"
+mlp = "swiglu"
+qk_norm = True
+
+batch_size = 12
+gradient_accumulation_steps = 1
+max_iters = 1500
+warmup_iters = 100
+learning_rate = 4e-3
+min_lr = learning_rate / 10
+beta2 = 0.99
+
+eval_interval = 250
+eval_iters = 40
+log_interval = 50
