@@ -28,6 +28,7 @@ clean:
 
 # The environment, made anew where it is missing or older than the pins.
 .venv/ready: requirements.txt
+	@echo "setting up .venv: a few minutes, and a few gigabytes where torch comes with CUDA"
 	python3 -m venv --clear .venv
 	.venv/bin/pip install --disable-pip-version-check --quiet -r requirements.txt
 	touch $@

@@ -1,0 +1,71 @@
+"""The README says what is true: its commands, flags, files and output are those of the project."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from nanolm.config import load_config
+from nanolm.settings import TrainConfig
+from prepare import PrepareConfig
+from sample import SampleConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {
+    "train.py": (TrainConfig, None),
+    "prepare.py": (PrepareConfig, "name"),
+    "sample.py": (SampleConfig, None),
+}
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line
+]
+OUTPUT = re.search(r"```\n(\$ make train\n.*?)```", README, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_one_that_the_project_understands(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program, *words = shlex.split(command)
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words) <= set(targets)
+    elif program == "python":
+        cls, positional = SCRIPTS[words[0]]
+        assert (ROOT / words[0]).is_file()
+        load_config(cls, [word for word in words[1:] if word != "--help"], positional=positional)
+    else:
+        assert program in ("git", "cd", "cp", "mkdir")
+
+
+def test_every_file_that_is_named_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    named = re.findall(r"`((?:config|nanolm|tests|docs)/[\w./]*)`", README)
+    assert links
+    assert named
+    for path in links + named:
+        assert (ROOT / path).exists(), path
+
+
+def test_every_config_has_its_row():
+    rows = re.findall(r"^\| `config/(\w+\.py)` \|", README, re.MULTILINE)
+    assert sorted(rows) == sorted(path.name for path in (ROOT / "config").glob("*.py"))
+
+
+def test_the_output_shown_has_the_form_of_what_is_printed(tiny_run, run_main):
+    """Line by line: the same labels in the same order, and rows of the same columns."""
+
+    def form(text: str) -> list[str]:
+        lines = [line for line in text.splitlines() if not line.startswith(("    |", "...", "$"))]
+        lines = [re.sub(r"[-+\d.,e]+\w*", "0", line) for line in lines if "|" in line]
+        return list(dict.fromkeys(re.sub(r"\s+", " ", line) for line in lines))
+
+    def labels(text: str) -> list[str]:
+        return re.findall(r"^([a-z]+) {2,}(?=[a-z\d])", text, re.MULTILINE)
+
+    _, out, _ = run_main("train", *TINY, "--out_dir=out/x", "--max_iters=4")
+    assert list(dict.fromkeys(labels(OUTPUT))) == list(dict.fromkeys(labels(out)))
+    assert set(form(OUTPUT)) == set(form(out))
