@@ -109,11 +109,9 @@ def rotary_angles(positions: Tensor, hs: int, theta: float = 10000.0) -> tuple[T
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of channels (i, i + hs/2) of x by its angle: rotary positions, in Llama's
-    layout.
+    """Turn each pair of channels (i, i + hs/2) by its angle: rotary positions in Llama's layout.
 
-    x: (B, nh, T, hs); angles: as rotary_angles gives them. Keeps shape, dtype and length of
-    vectors.
+    x: (B, nh, T, hs); angles: as rotary_angles gives them. Shape, dtype and norms stay.
     """
     cos, sin = angles[0].to(x.dtype), angles[1].to(x.dtype)  # (T, hs/2)
     first, second = x.chunk(2, dim=-1)  # (B, nh, T, hs/2) each
@@ -191,11 +189,10 @@ class MultiHeadAttention(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """x: (B, T, C); angles: rotary angles of the T positions; cache: the T tokens follow its
-        own.
+        """Let the tokens x, (B, T, C), look at one another, and at those of the cache before them.
 
-        mask: booleans that broadcast to (B, nh, T, S), True where a query may look. Returns (B, T,
-        C).
+        angles: rotary angles of the T positions. mask: booleans that broadcast to (B, nh, T, S),
+        True where a query may look. Returns (B, T, C).
         """
         B, T, _ = x.shape
         q = self.q_norm(self.q(x).view(B, T, -1, self.head_size)).transpose(1, 2)  # (B, nh, T, hs)

@@ -91,19 +91,19 @@ def read_text(path: Path) -> str:
 
 def pydocs(folder: Path) -> Corpus:
     """English prose that comes with Python: its reference, and the library's docstrings."""
-    return Corpus(f"the documentation in Python {platform.python_version()}", pydocs_documents)
+    documents = pydocs_documents()  # it takes seconds, and little memory
+    return Corpus(f"the documentation in Python {platform.python_version()}", lambda: documents)
 
 
-def pydocs_documents() -> Iterator[str]:
+def pydocs_documents() -> list[str]:
     """One document for each topic of the reference and each module, in an order that mixes them.
 
     The order is that of their hashes: the same on every machine, and the end, which becomes the
     validation set, is about as easy as the rest. Text outside ASCII is left out, for a small
     alphabet.
     """
-    documents = list({*reference_topics(), *standard_library_docstrings()})
-    documents.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
-    return iter(documents)
+    documents = {*reference_topics(), *standard_library_docstrings()}
+    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
 def reference_topics() -> Iterator[str]:

@@ -20,7 +20,9 @@ The model knows nothing of optimizers, files, devices or processes.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -96,41 +98,41 @@ def require_at_least(config: object, minimum: float, keys: str) -> None:
             raise ValueError(f"{key}={value}: must be at least {minimum}")
 
 
-class GELU(nn.Module):
-    """down(gelu(up x)), gelu(x) = x Phi(x) in GPT-2's tanh form (Hendrycks & Gimpel 2016)."""
+class MLP(nn.Module):
+    """down(activation(up x)): each position by itself (Vaswani et al. 2017, section 3.3)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.activation = activation
         self.up = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(self.activation(self.up(x)))
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), silu(x) = x sigmoid(x) (Shazeer 2020)."""
+class GatedMLP(MLP):
+    """down(activation(gate x) * up x): the gate says how much of each channel (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
+    def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]):
+        super().__init__(config, activation)
         self.gate = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
-        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class ReLU2(nn.Module):
-    """down(relu(up x)^2) (So et al. 2021)."""
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x), Phi being the normal distribution, in the tanh form that GPT-2 uses.
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.up = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
-        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+    Hendrycks & Gimpel 2016, section 2.
+    """
+    return F.gelu(x, approximate="tanh")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al. 2021)."""
+    return F.relu(x).square()
 
 
 def layer_norm(config: ModelConfig) -> nn.Module:
@@ -144,10 +146,9 @@ def rms_norm(config: ModelConfig) -> nn.Module:
 
 
 def sinusoids(length: int, n_embd: int) -> Tensor:
-    """(length, n_embd): sin at even and cos at odd channels 2i, 2i + 1 of pos / 10000^(2i /
-    n_embd).
+    """A wave per pair of channels: sin and cos of pos / 10000^(2i / C) at channels 2i and 2i + 1.
 
-    Vaswani et al. 2017, section 3.5.
+    Returns (length, n_embd). Vaswani et al. 2017, section 3.5.
     """
     positions = torch.arange(length).float()[:, None]  # (length, 1)
     frequencies = 10000.0 ** (-torch.arange(0, n_embd, 2).float() / n_embd)  # (ceil(C / 2),)
@@ -156,7 +157,11 @@ def sinusoids(length: int, n_embd: int) -> Tensor:
 
 
 NORMS = {"layer": layer_norm, "rms": rms_norm}
-MLPS = {"gelu": GELU, "swiglu": SwiGLU, "relu2": ReLU2}
+MLPS = {
+    "gelu": partial(MLP, activation=gelu),
+    "swiglu": partial(GatedMLP, activation=F.silu),  # silu(x) = x sigmoid(x)
+    "relu2": partial(MLP, activation=relu2),
+}
 POSITIONS = ("learned", "sinusoidal", "rotary")
 
 

@@ -187,7 +187,9 @@ class Run:
         print(f"model     {count_parameters(self.state.model):,} parameters")
         print(f"updates   {config.max_iters:,} of {per_update:,} tokens each: {epochs:.2f} epochs")
         guess = math.log(config.vocab_size)
-        print(f"loss      starts near that of a blind guess, ln({config.vocab_size}) = {guess:.4f}")
+        print(
+            f"loss      starts near that of a blind guess, ln({config.vocab_size}) = {guess:.4f}"
+        )
         flops = flops_per_token(config) * per_update * (config.max_iters - step)
         seconds = flops / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
         if engine.device == "cpu" and seconds > 3600 and not config.eval_only:
@@ -225,7 +227,9 @@ class Run:
             report=self.log.update,
         )
         best, seconds = self.state.best_val_loss, time.perf_counter() - started
-        print(f"done      in {metrics.duration(seconds)}: best validation loss {best:.4f}, ", end="")
+        print(
+            f"done      in {metrics.duration(seconds)}: best validation loss {best:.4f}, ", end=""
+        )
         print(f"perplexity {perplexity(best):.2f}")
         print(f"          sample from it with: python sample.py --out_dir={self.folder}")
 
