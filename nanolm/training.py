@@ -54,9 +54,13 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        """Continue from what state_dict gave."""
+        """Continue from what state_dict gave; the optimizer keeps its own weight decay and betas."""
         self.model.load_state_dict(saved["model"])
+        groups = self.optimizer.param_groups
+        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, mine in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(mine)
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.best_val_loss = saved["step"], saved["best_val_loss"]
         self.skipped = saved["skipped"]

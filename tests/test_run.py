@@ -107,6 +107,15 @@ def test_changed_keys_are_listed_on_resume(tiny_run, capsys):
     assert "changed   dropout: 0.0 before, 0.3 now" in out
 
 
+def test_keys_of_the_optimizer_that_change_on_resume_take_effect(tiny_run):
+    """Its saved state holds the old ones, too."""
+    train()
+    folder = train("--init_from=resume", "--max_iters=6", "--weight_decay=0.5", "--beta2=0.5")
+    groups = load(folder / "step_00000006.pt")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert {group["betas"][1] for group in groups} == {0.5}
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tiny_run, capsys):
     folder = train()
     (folder / "step_00000004.pt").write_bytes(b"half")
