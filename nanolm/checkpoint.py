@@ -42,6 +42,12 @@ def save(folder: str | Path, content: dict, *, best: bool, keep: int) -> Path:
     return path
 
 
+def remove_all(folder: Path) -> None:
+    """Delete the folder's checkpoints."""
+    for path in [*step_files(folder), folder / BEST]:
+        path.unlink(missing_ok=True)
+
+
 def give_second_name(path: Path, name: Path) -> None:
     """Let name show the same file as path, in place of what it showed before."""
     temporary = name.with_name(f".{name.name}.tmp")

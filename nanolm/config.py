@@ -42,7 +42,7 @@ def read_config_file(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
             f"no config file {path}" + (f"; there are {there}" if there else "")
         )
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"))
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         line = getattr(error, "lineno", None) or 1
         reason = getattr(error, "msg", error) or "nested too deeply"
@@ -78,7 +78,10 @@ def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = evaluate(node.left, names), evaluate(node.right, names)
-        return OPERATORS[type(node.op)](number(left, node), number(right, node))
+        value = OPERATORS[type(node.op)](number(left, node), number(right, node))
+        if isinstance(value, int) and abs(value) > LARGEST:  # before it fills the memory
+            raise ValueError(f"{ast.unparse(node)!r} is too large")
+        return value
     raise ValueError(
         f"{ast.unparse(node)!r} is not allowed: a config file is data, not a program; "
         "use literals, earlier names and + - * / //"
@@ -116,7 +119,7 @@ def split_arguments(
             found = [value] if equals else []
             while words and not words[0].startswith("--"):
                 found.append(words.pop(0))
-            value = tuple(found)
+            value = (*values.get(key, ()), *found)
         elif not equals and hints[key] is bool:
             value = words.pop(0) if words and words[0].lower() in SWITCH else "True"
         elif not equals:
@@ -162,8 +165,9 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
     choices = typing.get_args(hint) or (hint,)
     if typing.get_origin(hint) is tuple:
         choices = (tuple,)
-    if is_number(value) and not -LARGEST <= value <= LARGEST:  # so NaN is refused, too
-        raise ValueError(f"{key}={value}: must be a finite number")
+    largest = LARGEST if float in choices else 2**63 - 1
+    if is_number(value) and not -largest <= value <= largest:  # so NaN is refused, too
+        raise ValueError(f"{key}={value!s:.20}: must be a finite number, at most {largest:.3g}")
     if type(value) in choices:
         return value
     if isinstance(value, float) and value.is_integer() and int in choices:
@@ -231,24 +235,36 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
     What the user can cause is one line and exit code 2.
     """
     arguments = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a terminal that cannot show a character is no reason to end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         if {"-h", "--help"}.intersection(arguments):
             print(f"{usage}\n\n{help_text(cls)}")
         else:
             main(arguments)
-        sys.stdout.flush()
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader has left, as in `sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(complain(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        sys.exit(
+            complain(f"out of memory: make batch_size, block_size or the model smaller ({error})")
+        )
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
 
-def complain(error: Exception) -> int:
+def complain(error: Exception | str) -> int:
     """Print an error as one line on stderr, and return the exit code for it."""
-    print(f"error: {' '.join(str(error).split(chr(10)))}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return 2

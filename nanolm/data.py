@@ -190,7 +190,7 @@ def read_meta(folder: Path, way_out: str) -> dict:
         right = right and np.dtype(meta["dtype"]) == narrowest_dtype(meta["vocab_size"])
         texts = [meta["tokenizer"], meta["source"], *(meta[split]["sha256"] for split in SPLITS)]
         right = right and all(isinstance(text, str) for text in texts)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         right = False
     if not right:
         raise ValueError(f"{path} is damaged or of another version of nanolm; {way_out}")

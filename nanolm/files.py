@@ -96,6 +96,8 @@ def whole_folder(folder: str | Path, *, seal: str) -> Iterator[Path]:
             yield scratch
             for path in scratch.iterdir():
                 sync(path)
+                if (folder / path.name).is_dir():
+                    raise ValueError(f"{folder / path.name} is a folder: remove it first")
             (folder / seal).unlink(missing_ok=True)
             sync(folder)
             for path in sorted(scratch.iterdir(), key=lambda path: path.name == seal):

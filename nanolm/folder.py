@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from nanolm import checkpoint
-from nanolm.data import TOKENIZER_FILE, Dataset
+from nanolm.data import SEAL, TOKENIZER_FILE, Dataset
 from nanolm.files import lock, made_folder, write_text
 from nanolm.model import GPT, ModelConfig
 from nanolm.settings import MODEL_KEYS, SHAPE_KEYS, TrainConfig
@@ -27,11 +27,15 @@ def run_folder(path: str) -> Iterator[Path]:
 
     Raises ValueError where it cannot be written, or another process writes it.
     """
+    if not path or (Path(path) / SEAL).exists():
+        raise ValueError(
+            f"out_dir={path!r}: choose a folder of its own, and not that of a dataset"
+        )
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(made_folder(path))
-            write_text(folder / ".writable", "")
-            (folder / ".writable").unlink()
+            write_text(folder / ".nanolm_can_write", "")
+            (folder / ".nanolm_can_write").unlink()
         except OSError as error:
             raise ValueError(
                 f"out_dir={path!r} cannot be written ({error.strerror}); "
@@ -46,10 +50,11 @@ def find_start(config: TrainConfig, folder: Path) -> tuple[str, dict | None]:
 
     Raises ValueError or FileNotFoundError where that cannot be.
     """
-    there, way = checkpoint.step_files(folder), config.init_from
+    steps, way = checkpoint.step_files(folder), config.init_from
+    there = steps or (folder / checkpoint.BEST).exists()
     if way == "auto":
-        way = "resume" if there else "scratch"
-    if way not in ("scratch", "resume") and not Path(way).is_dir():
+        way = "resume" if steps else "scratch"
+    if way not in ("scratch", "resume") and not (way and Path(way).is_dir()):
         raise ValueError(f"init_from={way!r}: choose scratch, resume, auto or the folder of a run")
     if way != "resume" and there and not (config.overwrite or config.eval_only):
         raise ValueError(
@@ -110,7 +115,13 @@ def load_trained(folder: str | Path) -> tuple[GPT, CharTokenizer, int]:
     saved, _ = checkpoint.load_best(folder)
     model = GPT(ModelConfig(**{key: saved["config"][key] for key in MODEL_KEYS}))
     model.load_state_dict(saved["model"])
-    return model.eval(), load_tokenizer(folder / TOKENIZER_FILE), saved["step"]
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{folder / TOKENIZER_FILE} has {tokenizer.vocab_size} tokens and the model beside it "
+            f"{model.config.vocab_size}: put the run's own tokenizer back"
+        )
+    return model.eval(), tokenizer, saved["step"]
 
 
 def newest_run() -> Path:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,14 +53,13 @@ def duration(seconds: float) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """The rows of a metrics.jsonl; what is no row, as a line cut off by a kill, is left out."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    for line in text.splitlines():
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 @dataclass
@@ -138,7 +138,7 @@ def draw_losses(metrics: Path, picture: Path, *, title: str) -> bool:
         return False
     rows = read_metrics(metrics)
     updates = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "val_loss" in row]
+    evaluations = [row for row in rows if {"train_loss", "val_loss"} <= row.keys()]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(

@@ -6,6 +6,7 @@ machine and the same config always give the same engine, and a line says why.
 
 import importlib.util
 import os
+import re
 import shutil
 import sysconfig
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ class Hardware:
     cuda: bool = False  # an NVIDIA (or ROCm) GPU that PyTorch can use
     cuda_bf16: bool = False  # with bfloat16 arithmetic
     cuda_name: str = ""
+    cuda_count: int = 1
     mps: bool = False  # an Apple GPU
     cpu_bf16: bool = False  # a CPU with AMX units for bfloat16
     compiler: bool = False  # a C++ compiler and Python's headers, which torch.compile needs
@@ -36,15 +38,16 @@ def find_hardware() -> Hardware:
     """Look at this machine."""
     cuda = torch.cuda.is_available()
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     return Hardware(
         cuda=cuda,
         cuda_bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
         cuda_name=torch.cuda.get_device_name() if cuda else "",
+        cuda_count=torch.cuda.device_count(),
         mps=torch.backends.mps.is_available(),
         cpu_bf16=capabilities.get("amx_bf16", False),
-        compiler=any(c and shutil.which(c) for c in compilers) and headers.exists(),
+        compiler=any(map(shutil.which, compilers)) and headers.exists(),
         triton=importlib.util.find_spec("triton") is not None,
         threads=torch.get_num_threads(),
     )
@@ -109,10 +112,10 @@ def choose_device(hardware: Hardware, device: str) -> tuple[str, str]:
             return "mps", "an Apple GPU"
         return "cpu", f"{hardware.threads} threads; PyTorch sees no GPU here"
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", device):
         raise ValueError(f"device={device!r}: choose auto, cpu, cuda, cuda:N or mps")
     missing = {"cuda": not hardware.cuda, "mps": not hardware.mps}
-    if missing.get(kind):
+    if missing.get(kind) or int(index or 0) >= max(1, hardware.cuda_count):
         raise ValueError(f"device={device!r}: PyTorch sees no such device here; use --device=auto")
     return device, "as asked"
 

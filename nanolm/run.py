@@ -66,6 +66,8 @@ def start_run(config: TrainConfig) -> None:
         if saved:
             check_tokenizer(folder if way == "resume" else Path(config.init_from), dataset)
             config = fit_to_checkpoint(config, way, saved)
+            if way == "resume" and saved["text"] != dataset.meta["train"]["sha256"]:
+                print(f"changed   the text in {dataset.folder}: another one before")
         engine = run_engine(config, saved["engine"] if way == "resume" else None)
         state = build_state(config, engine)
         if way == "resume":
@@ -73,7 +75,7 @@ def start_run(config: TrainConfig) -> None:
         elif way == "weights":
             state.model.load_state_dict(saved["model"])
         also = (wandb_log(config, folder),) if config.wandb_log and not config.eval_only else ()
-        run = Run(config, folder, dataset, engine, state, also)
+        run = Run(config, folder, dataset, engine, state, way != "resume", also)
         if config.eval_only:
             run.describe()
             print(run.loss_line(run.evaluate()))
@@ -81,7 +83,7 @@ def start_run(config: TrainConfig) -> None:
             print(f"{folder} is finished: {state.step} of {config.max_iters} updates are made")
         else:
             next(run.micro_batches(state.step))  # wrong data shows before anything is written
-            run.record(fresh=way != "resume")
+            run.record()
             run.describe()
             run.train()
 
@@ -151,14 +153,13 @@ class Run:
     dataset: Dataset
     engine: Engine
     state: TrainState
+    fresh: bool  # not resumed
     also: tuple[Callable[[dict], None], ...] = ()  # called with each row of metrics
 
-    def record(self, *, fresh: bool) -> None:
-        """Write down what the run is; a fresh one first removes what an earlier run left."""
-        if fresh:
-            old = [self.folder / checkpoint.BEST, self.folder / METRICS_FILE]
-            for path in [*checkpoint.step_files(self.folder), *old]:
-                path.unlink(missing_ok=True)
+    def record(self) -> None:
+        """Write down what the run is."""
+        if self.fresh:
+            (self.folder / METRICS_FILE).unlink(missing_ok=True)
         content = {
             "config": asdict(self.config),
             "engine": self.engine.choices(),
@@ -271,15 +272,25 @@ class Run:
         losses = self.evaluate()
         print(self.loss_line(losses), flush=True)
         self.log.evaluation(state.step, seconds=time.perf_counter() - started, **losses)
+        if not math.isfinite(losses["val_loss"]):
+            print("warning   the loss is not finite: no checkpoint is written", flush=True)
+            return
         if state.step > 0:
+            if self.fresh:  # an older run goes only now that there is something in its place
+                checkpoint.remove_all(self.folder)
+                self.fresh = False
             best = losses["val_loss"] < state.best_val_loss
             state.best_val_loss = min(state.best_val_loss, losses["val_loss"])
             keep = config.keep_checkpoints if config.always_save_checkpoint else 1
             setting = {"config": asdict(config), "engine": self.engine.choices()}
+            setting["text"] = self.dataset.meta["train"]["sha256"]
             checkpoint.save(self.folder, {**state.state_dict(), **setting}, best=best, keep=keep)
         size = count_parameters(state.model)
         title = f"{self.folder.name}: {config.dataset}, {size:,} parameters"
-        metrics.draw_losses(self.folder / METRICS_FILE, self.folder / PICTURE, title=title)
+        try:
+            metrics.draw_losses(self.folder / METRICS_FILE, self.folder / PICTURE, title=title)
+        except OSError as error:  # no reason to end a run
+            print(f"warning   no picture of the loss: {error}")
         if config.sample_tokens:
             print("\n".join(f"    | {line}" for line in self.sample().split("\n")), flush=True)
 

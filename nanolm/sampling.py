@@ -53,7 +53,8 @@ def sample_next(
     """Draw a token for each row: logits (B, V) -> ids (B,). Temperature 0: the largest logit."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p)
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that no quotient overflows
+    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 

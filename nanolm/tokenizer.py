@@ -73,7 +73,7 @@ def load_tokenizer(path: str | Path) -> CharTokenizer:
         if (content["format"], content["kind"]) != (FORMAT, CharTokenizer.kind):
             raise ValueError
         return CharTokenizer(content["characters"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(
             f"{path} is missing, or no tokenizer of this version of nanolm: prepare the text again"
         ) from None

@@ -54,7 +54,7 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        """Continue from what state_dict gave; the optimizer keeps its own weight decay and betas."""
+        """Continue from what state_dict gave; the optimizer keeps its own decay and betas."""
         self.model.load_state_dict(saved["model"])
         groups = self.optimizer.param_groups
         options = [{k: v for k, v in group.items() if k != "params"} for group in groups]

@@ -11,7 +11,9 @@ from nanolm.parallel import DTYPES, Engine, Hardware, choose_engine, find_hardwa
 
 LAPTOP = Hardware(threads=2, compiler=True)
 AMX = replace(LAPTOP, cpu_bf16=True)
-GPU = replace(LAPTOP, cuda=True, cuda_bf16=True, cuda_name="NVIDIA H100 80GB HBM3", triton=True)
+GPU = replace(
+    LAPTOP, cuda=True, cuda_bf16=True, cuda_name="NVIDIA H100 80GB HBM3", cuda_count=2, triton=True
+)
 OLD_GPU = replace(GPU, cuda_bf16=False)
 APPLE = replace(LAPTOP, mps=True)
 LONG, SHORT = 1e18, 1e6
@@ -53,6 +55,8 @@ def test_what_is_asked_for_is_taken(device, dtype, compile):
     [
         (LAPTOP, {"device": "gpu"}, "device='gpu': choose auto, cpu, cuda"),
         (LAPTOP, {"device": "cuda:x"}, "device='cuda:x': choose"),
+        (LAPTOP, {"device": "cpu:"}, "device='cpu:': choose"),
+        (GPU, {"device": "cuda:2"}, "device='cuda:2': PyTorch sees no such device"),
         (LAPTOP, {"device": "cuda"}, "device='cuda': PyTorch sees no such device"),
         (LAPTOP, {"device": "mps"}, "device='mps': PyTorch sees no such device"),
         (LAPTOP, {"dtype": "int8"}, "dtype='int8': choose auto, float32, bfloat16, float16"),

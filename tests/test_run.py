@@ -12,6 +12,7 @@ from conftest import TINY
 
 from nanolm.checkpoint import load
 from nanolm.config import load_config
+from nanolm.data import prepare
 from nanolm.metrics import draw_losses, read_metrics
 from nanolm.run import start_run
 from nanolm.settings import TrainConfig
@@ -227,6 +228,39 @@ def test_eval_only_evaluates_and_changes_nothing(tiny_run, capsys):
     assert out[-1].startswith("step      4 | train loss ")
     train("--eval_only=true", "--out_dir=out/none")
     assert not Path("out/none").exists()
+
+
+def test_an_older_run_stays_until_the_new_one_has_a_checkpoint(tiny_run, monkeypatch):
+    """Also one of which only the best is left."""
+    folder = train()
+    kept = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    with pytest.raises(ValueError, match="were not finite"):
+        train("--overwrite=true", "--learning_rate=1e30", "--max_iters=20")
+    assert kept == {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    for path in folder.glob("step_*"):
+        path.unlink()
+    for way in ("scratch", "auto"):
+        with pytest.raises(ValueError, match="out/x holds a run already"):
+            train(f"--init_from={way}")
+
+
+def test_no_checkpoint_holds_a_number_that_is_not_finite(tiny_run, capsys):
+    """And the sound ones before it stay: they are the way out that the message names."""
+    folder = train()
+    with pytest.raises(ValueError, match="were not finite"):
+        train("--init_from=resume", "--max_iters=20", "--eval_interval=1", "--learning_rate=1e30")
+    assert "no checkpoint is written" in capsys.readouterr().out
+    for path in folder.glob("*.pt"):
+        assert all(tensor.isfinite().all() for tensor in load(path)["model"].values())
+    train("--init_from=resume", "--max_iters=6")
+
+
+def test_a_text_that_changed_under_a_run_is_mentioned(tiny_run, capsys):
+    train()
+    Path("text.txt").write_text(Path("text.txt").read_text()[::-1])
+    prepare("tiny", inputs=("text.txt",))
+    train("--init_from=resume", "--max_iters=6")
+    assert "changed   the text in data/tiny" in capsys.readouterr().out
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(tiny_run):
