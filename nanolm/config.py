@@ -236,9 +236,7 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
     """
     arguments = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a terminal that cannot show a character is no reason to end a run
+        if hasattr(stream, "reconfigure"):  # no run ends because a terminal lacks a character
             stream.reconfigure(errors="backslashreplace")
     try:
         if {"-h", "--help"}.intersection(arguments):
@@ -253,15 +251,19 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
     except (ValueError, OSError) as error:
         sys.exit(complain(error))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        sys.exit(
-            complain(f"out of memory: make batch_size, block_size or the model smaller ({error})")
-        )
+        sys.exit(complain(f"out of memory: make the batch or the model smaller ({error})"))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, a CPU's or a GPU's allocator, or a tensor's size in bytes gave out."""
+    words = ("memory", "Storage size")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def complain(error: Exception | str) -> int:

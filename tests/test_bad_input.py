@@ -129,6 +129,8 @@ ROWS = [
     row("dropout", nothing, train("--dropout=1.5"), "dropout=1.5", "below 1"),
     row("heads", nothing, train("--n_head=3"), "n_embd=8", "n_head=3", "change one"),
     row("rates", nothing, train("--min_lr=1"), "min_lr=1.0", "at most learning_rate"),
+    row("memory", nothing, train("--n_embd=10000000"), "out of memory", "model smaller"),
+    row("more memory", nothing, train("--n_embd=10000000000000"), "out of memory", "smaller"),
     row("norm", nothing, train("--norm=batch"), "norm='batch'", "layer, rms"),
     row("optimizer", nothing, train("--optimizer=magic"), "optimizer='magic'", "adamw"),
     row("schedule", nothing, train("--schedule=magic"), "schedule='magic'", "cosine, trapezoid"),
