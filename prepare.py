@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> None:
     print(f"tokenizer: {meta['tokenizer']}, {meta['vocab_size']:,} ids")
     for split in ("train", "val"):
         tokens, size = meta[split]["tokens"], meta[split]["bytes"]
-        hash = meta[split]["sha256"]
-        print(f"{split:9}: {tokens:,} tokens, {size:,} bytes of text, sha256 {hash[:16]}")
+        start = meta[split]["sha256"][:16]
+        print(f"{split:9}: {tokens:,} tokens, {size:,} bytes of text, sha256 {start}...")
 
 
 if __name__ == "__main__":

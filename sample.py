@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> None:
     prompt = read_prompt(config.start)
     machine = {"device": config.device, "dtype": config.dtype, "compile": config.compile}
     engine = choose_engine(find_hardware(), **machine)
-    folder = config.out_dir or newest_run() if config.init_from == "resume" else config.init_from
+    resume = config.init_from == "resume"
+    folder = (config.out_dir or newest_run()) if resume else config.init_from
     model, tokenizer, step = load_trained(folder)
     model = model.to(engine.device)
     if engine.compile:

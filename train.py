@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
-from nanolm.config import load_config, run_script
+from nanolm.config import load_config, run_script, split_arguments
 from nanolm.folder import RUNS
 from nanolm.run import start_run
 from nanolm.settings import TrainConfig
@@ -12,7 +13,7 @@ DEFAULT = Path(__file__).parent / "config" / "pydocs.py"
 
 
 def main(arguments: list[str]) -> None:
-    files = [word for word in arguments if word.endswith(".py") and not word.startswith("--")]
+    files, _ = split_arguments(arguments, get_type_hints(TrainConfig))
     if not files:
         print(f"no config file given: training as config/{DEFAULT.name} says")
         files, arguments = [str(DEFAULT)], [str(DEFAULT), *arguments]

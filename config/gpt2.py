@@ -1,6 +1,7 @@
-# GPT-2 (124M) on a text of your own: python prepare.py mytext --input PATH, first.
+# GPT-2's shape (124M with its own vocabulary, 86M with characters) on a text of your own:
+# python prepare.py mytext --input PATH, first.
 #
-# Meant for GPUs, and for a text of gigabytes. Time, loss and memory: not measured.
+# Meant for GPUs, and for a large text. Time, loss and memory: not measured.
 dataset = "mytext"
 
 n_layer = 12

@@ -2,8 +2,7 @@
 # example for CPUs, with a modern block.
 #
 # Measured on two cores of an AMD EPYC of 2021, float32, not compiled: 3m21s with its evaluations,
-# 0.43 GB of memory, loss 1.660 on the whole validation text. (nanoGPT's example ends at 1.89; the
-# same block as nanoGPT's, trained here on the same batches at its own rate, ended at 1.91.)
+# 0.43 GB of memory, loss 1.660 on the whole validation text. (nanoGPT's example ends at 1.89.)
 # On a GPU: not measured.
 dataset = "shakespeare_char"
 

@@ -58,14 +58,14 @@ def read_config_file(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
             if not all(isinstance(target, ast.Name) for target in targets):
                 line = ast.unparse(statement).splitlines()[0]
                 raise ValueError(f"{line!r} is not of the form key = value")
-            value = evaluate(statement.value, {**known, **values})
+            value = value_of(statement.value, {**known, **values})
             values.update({target.id: value for target in targets})
         except (ValueError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{path}, line {statement.lineno}: {error}") from None
     return values
 
 
-def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
+def value_of(node: ast.expr, names: dict[str, Any]) -> Any:
     """The value of an expression of literals, names and + - * / //, without running any code."""
     if isinstance(node, ast.Constant) and isinstance(
         node.value, (int, float, str, types.NoneType)
@@ -74,10 +74,10 @@ def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
     if isinstance(node, ast.Name) and node.id in names:
         return names[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        value = number(evaluate(node.operand, names), node)
+        value = number(value_of(node.operand, names), node)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = evaluate(node.left, names), evaluate(node.right, names)
+        left, right = value_of(node.left, names), value_of(node.right, names)
         value = OPERATORS[type(node.op)](number(left, node), number(right, node))
         if isinstance(value, int) and abs(value) > LARGEST:  # before it fills the memory
             raise ValueError(f"{ast.unparse(node)!r} is too large")

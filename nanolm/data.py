@@ -8,8 +8,8 @@ dataset.
 Batches need no loader and no state. An epoch cuts the training tokens into windows of block_size
 that do not overlap, from an offset drawn anew for each epoch (windows at fixed places would always
 show the model the same beginnings), and shuffles them; both draws depend on (seed, epoch) alone.
-Micro-batch i of a run is then the i-th run of batch_size windows in this endless sequence, whoever
-asks, whenever.
+Micro-batch i of a run is then the i-th group of batch_size windows in this endless sequence,
+whoever asks, whenever.
 """
 
 import json
@@ -146,8 +146,7 @@ def narrowest_dtype(vocab_size: int) -> np.dtype:
 def open_dataset(name: str) -> Dataset:
     """Open data/<name>; a known dataset that is not there yet is prepared first.
 
-    Raises FileNotFoundError where there is none, ValueError where meta.json and the files
-    disagree.
+    Raises FileNotFoundError where there is none, ValueError where its files do not fit together.
     """
     folder = dataset_folder(name)
     if not (folder / SEAL).exists():
@@ -225,8 +224,8 @@ def check_dataset(name: str) -> dict:
 def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     """How many windows of block_size inputs, each with its targets, an epoch cuts out of n_tokens.
 
-    One fewer than fit, so that the offset can move them by a whole window. Raises ValueError where
-    not even one fits.
+    One fewer than fit, which leaves room to shift them all by up to a window: 11 tokens hold three
+    windows of 3, and an epoch takes two. Raises ValueError where not even one fits.
     """
     if n_tokens < block_size + 1:
         raise ValueError(
@@ -264,8 +263,7 @@ def training_batch(
 def evaluation_batches(
     tokens: np.ndarray, *, batch_size: int, block_size: int, n_batches: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Fixed windows that never overlap: all of them, or n_batches batches spread evenly over the
-    split.
+    """Fixed windows that never overlap: all, or n_batches batches spread evenly over the split.
 
     Yields ids and targets, (B, T) int64 each. The whole split predicts each token but the first
     exactly once: what is missing in the last window and in the last batch is filled up with

@@ -20,11 +20,10 @@ def evaluate(
     *,
     autocast: Callable[[], torch.autocast],
 ) -> float:
-    """Mean loss over all targets that are not -1, in nats; the model returns in the mode it was
-    in.
+    """Mean loss over all targets that are not -1, in nats.
 
-    batches: ids and targets, (B, T) each, on the model's device. Draws no random numbers. Raises
-    ValueError where there is no target at all.
+    batches: ids and targets, (B, T) each, on the model's device. Draws no random numbers, and puts
+    the model back in the mode it was in. Raises ValueError where there is no target at all.
     """
     was_training = model.training
     model.eval()

@@ -5,6 +5,7 @@ loss.png, step_XXXXXXXX.pt and best.pt. A run can be stopped and resumed; anothe
 over it by mistake, and two cannot write to it at once.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -56,7 +57,8 @@ def find_start(config: TrainConfig, folder: Path) -> tuple[str, dict | None]:
         way = "resume" if steps else "scratch"
     if way not in ("scratch", "resume") and not (way and Path(way).is_dir()):
         raise ValueError(f"init_from={way!r}: choose scratch, resume, auto or the folder of a run")
-    if way != "resume" and there and not (config.overwrite or config.eval_only):
+    harmless = config.overwrite or (config.eval_only and way != "scratch")
+    if way != "resume" and there and not harmless:
         raise ValueError(
             f"{folder} holds a run already: continue it with --init_from=resume, choose another "
             "--out_dir, or replace it with --overwrite=true"
@@ -66,7 +68,7 @@ def find_start(config: TrainConfig, folder: Path) -> tuple[str, dict | None]:
     resume = way == "resume"
     saved, problems = checkpoint.load_newest(folder) if resume else checkpoint.load_best(way)
     for problem in problems:
-        print(f"warning   {problem}; using the one before it")
+        print(f"warning   {problem}; using another one")
     return ("resume" if resume else "weights"), saved
 
 
@@ -78,6 +80,8 @@ def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig
     """
     old, new = saved["config"], asdict(config)
     if way == "weights":
+        for key in [key for key in SHAPE_KEYS if old[key] != new[key]]:
+            print(f"taken     {key}: {old[key]!r} as in {config.init_from}, not {new[key]!r}")
         return replace(config, **{key: old[key] for key in SHAPE_KEYS})
     changed = {key for key in new if key in old and old[key] != new[key]}
     wrong = [
@@ -112,7 +116,9 @@ def load_trained(folder: str | Path) -> tuple[GPT, CharTokenizer, int]:
     folder = Path(folder)
     if not (folder / TOKENIZER_FILE).exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: train one with train.py")
-    saved, _ = checkpoint.load_best(folder)
+    saved, problems = checkpoint.load_best(folder)
+    for problem in problems:
+        print(f"warning: {problem}; using another one", file=sys.stderr)
     model = GPT(ModelConfig(**{key: saved["config"][key] for key in MODEL_KEYS}))
     model.load_state_dict(saved["model"])
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)

@@ -221,12 +221,12 @@ class GPT(nn.Module):
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, *, cache: list[KVCache] | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """ids, targets: (B, T) integers. Returns (logits (B, T, V), None), or with targets (None,
-        loss).
+        """Logits of each next token, (logits, None); or with targets their loss, (None, loss).
 
-        The loss is the fp32 mean over the targets that are not -1, and 0 where there is none. With
-        a cache (see new_cache) the ids continue those it holds, and it grows by them. Raises
-        ValueError where the context would be longer than block_size.
+        ids, targets: (B, T) integers; logits: (B, T, V). The loss is the fp32 mean over the
+        targets that are not -1, and 0 where there is none. With a cache (see new_cache) the ids
+        continue those it holds, and it grows by them. Raises ValueError where the context would
+        be longer than block_size.
         """
         start = cache[0].length if cache else 0
         end = start + ids.shape[1]
@@ -251,8 +251,7 @@ class GPT(nn.Module):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(logits)[target] over the targets that are not -1; 0 where there is
-    none.
+    """Mean of -log softmax(logits)[target] over targets that are not -1; 0 where there is none.
 
     logits: (B, T, V), of any precision: the softmax is computed in at least fp32. targets: (B, T).
     """

@@ -69,7 +69,7 @@ def learning_rate(
     decay_iters: int,
     cooldown_iters: int,
 ) -> float:
-    """The learning rate of update number step, from 0; above 0 and at most peak where floor is.
+    """The learning rate of update number step, from 0: between floor and peak, or warming up.
 
     A linear warm-up over warmup_iters updates, never 0; then the schedule from peak down to floor,
     which is reached at decay_iters and kept.

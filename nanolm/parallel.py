@@ -92,8 +92,7 @@ def choose_engine(
     compile: bool | str = "auto",
     flops: float = 0.0,
 ) -> Engine:
-    """The engine for a run of so many floating point operations; what is not auto is taken as
-    given.
+    """The engine for a run of flops operations in all; what is not auto is taken as given.
 
     Raises ValueError for a device, precision or compilation that the machine does not have.
     """

@@ -81,6 +81,7 @@ def start_run(config: TrainConfig) -> None:
             print(run.loss_line(run.evaluate()))
         elif state.step >= config.max_iters > 0:
             print(f"{folder} is finished: {state.step} of {config.max_iters} updates are made")
+            print("          to go on, raise --max_iters")
         else:
             next(run.micro_batches(state.step))  # wrong data shows before anything is written
             run.record()
@@ -187,13 +188,12 @@ class Run:
         )
         print(f"model     {count_parameters(self.state.model):,} parameters")
         print(f"updates   {config.max_iters:,} of {per_update:,} tokens each: {epochs:.2f} epochs")
-        guess = math.log(config.vocab_size)
-        print(
-            f"loss      starts near that of a blind guess, ln({config.vocab_size}) = {guess:.4f}"
-        )
+        if self.fresh and config.init_from in ("scratch", "auto"):
+            guess = f"ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}"
+            print(f"loss      starts near that of a blind guess, {guess}")
         flops = flops_per_token(config) * per_update * (config.max_iters - step)
         seconds = flops / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
-        if engine.device == "cpu" and seconds > 3600 and not config.eval_only:
+        if engine.device_type == "cpu" and seconds > 3600 and not config.eval_only:
             print(
                 f"warning   this run takes a CPU like this one about {metrics.duration(seconds)}; "
                 "config/shakespeare_cpu.py and config/pydocs.py are made for CPUs"
@@ -227,6 +227,8 @@ class Run:
             evaluate=self.evaluate_and_save,
             report=self.log.update,
         )
+        if self.state.step == 0:
+            return
         best, seconds = self.state.best_val_loss, time.perf_counter() - started
         print(
             f"done      in {metrics.duration(seconds)}: best validation loss {best:.4f}, ", end=""

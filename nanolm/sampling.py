@@ -19,8 +19,7 @@ from torch import Tensor
 
 
 def keep_top_k(logits: Tensor, k: int | None) -> Tensor:
-    """Set all but the k largest of the last axis to -inf; None, 0 or more than there are keeps
-    all.
+    """Set all but the k largest of the last axis to -inf; None and 0 keep all.
 
     Where several are equal to the k-th largest, all of them stay.
     """
@@ -71,8 +70,7 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Continue the prompts ids, (B, T) with T >= 1: yields the next token of each row, (B,), at
-    each step.
+    """Continue the prompts ids, (B, T) with T >= 1: yields the next token of each row, (B,).
 
     A row that has drawn one of stop_ids repeats it; the stream ends when all rows have, or after
     max_new_tokens. The model should be in eval mode. Raises ValueError for knobs out of range.

@@ -1,7 +1,7 @@
 """Every key of a training run, its default and its range.
 
-Names and defaults are nanoGPT's where the meaning is the same, so that its config files mean here
-what they mean there. `python train.py --help` prints this table.
+Names, and most defaults, are nanoGPT's where the meaning is the same, so that its config files
+mean here what they mean there. `python train.py --help` prints this table.
 """
 
 from dataclasses import dataclass, fields
@@ -41,7 +41,7 @@ class TrainConfig(ModelConfig):
     weight_decay: float = 1e-1  # of matrices
     beta1: float = 0.9  # decay of the running mean of gradients
     beta2: float = 0.95  # decay of the running mean of their squares
-    grad_clip: float = 1.0  # longest gradient; 0: any
+    grad_clip: float = 1.0  # gradients longer than this are scaled down; 0: none
     decay_lr: bool = True  # False: the same rate at every update
     schedule: str = "cosine"  # cosine | trapezoid
     warmup_iters: int = 2000  # updates of linear warm-up
@@ -98,6 +98,6 @@ class TrainConfig(ModelConfig):
         )
 
 
-# What two models must share to share their weights.
 MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
+# What two models must share to share their weights.
 SHAPE_KEYS = tuple(key for key in MODEL_KEYS if key != "dropout")

@@ -44,8 +44,8 @@ class CharTokenizer:
         except KeyError as error:
             character = error.args[0]
             raise ValueError(
-                f"character {character!r} (U+{ord(character):04X}), number "
-                f"{text.index(character)} of the text, is not in the tokenizer's alphabet: use "
+                f"character {character!r} (U+{ord(character):04X}), at "
+                f"position {text.index(character)}, is not in the tokenizer's alphabet: use "
                 f"only {''.join(self.characters)!r}"
             ) from None
 

@@ -4,7 +4,7 @@ An update makes the model a little less surprised by a batch of text:
 
     loss     = mean surprise at each next token          forward
     gradient = d loss / d weights                        backward, added up over the micro-batches
-    weights  = weights - rate * step(gradient)           optimizer, after clipping
+    weights  = weights - rate * direction(gradient)      optimizer, after clipping
 
 A batch too large for the memory is cut into micro-batches whose gradients add up to that of the
 whole: each micro-loss is weighted by its share of the update's targets, so that the sum is the

@@ -263,6 +263,25 @@ def test_a_text_that_changed_under_a_run_is_mentioned(tiny_run, capsys):
     assert "changed   the text in data/tiny" in capsys.readouterr().out
 
 
+def test_the_model_of_a_run_is_not_mistaken_for_a_fresh_one_by_eval_only(tiny_run):
+    """It says nothing of the run that is there, unless told to resume it."""
+    train()
+    with pytest.raises(
+        ValueError, match="holds a run already: continue it with --init_from=resume"
+    ):
+        train("--eval_only=true")
+
+
+def test_a_config_file_may_have_any_name(tiny_run, run_main):
+    lines = [word[2:].replace("=", " = ") for word in TINY if "=cpu" not in word]
+    text = "\n".join(lines).replace("tiny", "'tiny'").replace("float32", "'float32'")
+    Path("my.cfg").write_text(text.replace("false", "False"))
+    code, out, err = run_main("train", "my.cfg", "--device=cpu")
+    assert (code, err) == (0, "")
+    assert "no config file" not in out
+    assert Path("out/my/best.pt").exists()
+
+
 def test_overwrite_replaces_a_run_and_nothing_else(tiny_run):
     folder = train()
     (folder / "notes.txt").write_text("mine")

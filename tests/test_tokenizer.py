@@ -63,7 +63,7 @@ def test_tokenizers_of_other_alphabets_differ():
 
 
 def test_an_unknown_character_is_named_with_its_place():
-    with pytest.raises(ValueError, match=r"'é' \(U\+00E9\), number 2 .* only 'abc'"):
+    with pytest.raises(ValueError, match=r"'é' \(U\+00E9\), at position 2, .* only 'abc'"):
         CharTokenizer("abc").encode("abé")
 
 
