@@ -93,6 +93,7 @@ def is_number(value: Any) -> bool:
 
 
 def number(value: Any, node: ast.expr) -> int | float:
+    """The value, if it is a number; node is the expression that is blamed where it is not."""
     if not is_number(value):
         raise ValueError(f"{ast.unparse(node)!r}: {value!r} is not a number")
     return value

@@ -130,6 +130,16 @@ class Metrics:
             call(row)
 
 
+def wandb_log(project: str, name: str, config: dict) -> Callable[[dict], None]:
+    """A function that sends a row of metrics to Weights & Biases."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("wandb_log=True needs the package wandb: pip install wandb") from None
+    run = wandb.init(project=project, name=config["wandb_run_name"] or name, config=config)
+    return lambda row: run.log(row, step=row["step"])
+
+
 def draw_losses(metrics: Path, picture: Path, *, title: str) -> bool:
     """Draw the losses of a metrics.jsonl as a PNG, if matplotlib is installed; returns whether."""
     try:

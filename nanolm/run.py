@@ -53,14 +53,7 @@ def start_run(config: TrainConfig) -> None:
         raise ValueError(
             "nanolm trains in one process: start it as python train.py, without torchrun"
         )
-    dataset = open_dataset(config.dataset)
-    windows_per_epoch(len(dataset.train), config.block_size)
-    if config.vocab_size not in (None, dataset.tokenizer.vocab_size):
-        raise ValueError(
-            f"vocab_size={config.vocab_size}: the tokenizer of {dataset.folder} has "
-            f"{dataset.tokenizer.vocab_size} tokens; leave this key out"
-        )
-    config = replace(config, vocab_size=dataset.tokenizer.vocab_size)
+    config, dataset = fit_to_dataset(config)
     with run_folder(config.out_dir) as folder:
         way, saved = find_start(config, folder)
         if saved:
@@ -74,8 +67,7 @@ def start_run(config: TrainConfig) -> None:
             state.load_state_dict(saved)
         elif way == "weights":
             state.model.load_state_dict(saved["model"])
-        also = (wandb_log(config, folder),) if config.wandb_log and not config.eval_only else ()
-        run = Run(config, folder, dataset, engine, state, way != "resume", also)
+        run = Run(config, folder, dataset, engine, state, fresh=way != "resume")
         if config.eval_only:
             run.describe()
             print(run.loss_line(run.evaluate()))
@@ -84,6 +76,8 @@ def start_run(config: TrainConfig) -> None:
             print("          to go on, raise --max_iters")
         else:
             next(run.micro_batches(state.step))  # wrong data shows before anything is written
+            if config.wandb_log:
+                run.also = (metrics.wandb_log(config.wandb_project, folder.name, asdict(config)),)
             run.record()
             run.describe()
             run.train()
@@ -91,6 +85,22 @@ def start_run(config: TrainConfig) -> None:
 
 # ------------------------------------------------------------------------------------------
 # The objects
+
+
+def fit_to_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
+    """Open the dataset, and fill its number of tokens into the config.
+
+    Raises ValueError or FileNotFoundError where there is none, or none that fits.
+    """
+    dataset = open_dataset(config.dataset)
+    windows_per_epoch(len(dataset.train), config.block_size)
+    n = dataset.tokenizer.vocab_size
+    if config.vocab_size not in (None, n):
+        raise ValueError(
+            f"vocab_size={config.vocab_size}: the tokenizer of {dataset.folder} has {n} tokens; "
+            "leave this key out"
+        )
+    return replace(config, vocab_size=n), dataset
 
 
 def run_engine(config: TrainConfig, before: dict | None) -> Engine:
@@ -128,17 +138,6 @@ def build_state(config: TrainConfig, engine: Engine) -> TrainState:
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=betas)
     scaler = torch.amp.GradScaler(engine.device_type, enabled=engine.dtype == "float16")
     return TrainState(model, torch.compile(model) if engine.compile else model, optimizer, scaler)
-
-
-def wandb_log(config: TrainConfig, folder: Path) -> Callable[[dict], None]:
-    """A function that sends a row of metrics to Weights & Biases."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("wandb_log=True needs the package wandb: pip install wandb") from None
-    name = config.wandb_run_name or folder.name
-    run = wandb.init(project=config.wandb_project, name=name, config=asdict(config))
-    return lambda row: run.log(row, step=row["step"])
 
 
 # ------------------------------------------------------------------------------------------

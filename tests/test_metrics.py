@@ -1,6 +1,7 @@
 """Laws of the log."""
 
 import json
+import sys
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from nanolm.metrics import (
     flops_per_token,
     peak_flops,
     read_metrics,
+    wandb_log,
 )
 from nanolm.model import GPT, ModelConfig, count_parameters
 
@@ -118,6 +120,25 @@ def test_the_picture_is_drawn_also_of_a_run_that_has_just_begun(tmp_path):
 
 
 def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert not draw_losses(tmp_path / "m", tmp_path / "loss.png", title="a run")
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_rows_are_sent_to_weights_and_biases_under_the_name_of_the_run(monkeypatch):
+    """A stand-in for the package notes what it is given."""
+    sent = []
+
+    class Wandb:
+        def init(self, **keys):
+            sent.append(keys)
+            return self
+
+        def log(self, row, step):
+            sent.append((row, step))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    config = {"wandb_run_name": None, "n_layer": 1}
+    wandb_log("nanolm", "pydocs", config)({"step": 3, "loss": 1.0})
+    assert sent[0] == {"project": "nanolm", "name": "pydocs", "config": config}
+    assert sent[1] == ({"step": 3, "loss": 1.0}, 3)
