@@ -1,7 +1,7 @@
 # Python's own documentation, on any machine: what `make train` runs.
 #
-# Measured on two cores of an AMD EPYC of 2021, float32, not compiled: 2m29s with its evaluations,
-# 0.43 GB of memory, loss 1.56 on a part of the validation text (2.26 bits per byte).
+# Measured on two cores of an AMD EPYC of 2021, float32, not compiled: 1m33s with its evaluations,
+# 0.43 GB of memory, loss 1.5556 on a part of the validation text.
 # On a GPU: not measured.
 dataset = "pydocs"
 
