@@ -136,7 +136,7 @@ def wandb_log(project: str, name: str, config: dict) -> Callable[[dict], None]:
         import wandb
     except ImportError:
         raise ValueError("wandb_log=True needs the package wandb: pip install wandb") from None
-    run = wandb.init(project=project, name=config["wandb_run_name"] or name, config=config)
+    run = wandb.init(project=project, name=name, config=config)
     return lambda row: run.log(row, step=row["step"])
 
 

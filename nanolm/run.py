@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,8 +61,9 @@ def start_run(config: TrainConfig) -> None:
             config = fit_to_checkpoint(config, way, saved)
             if way == "resume" and saved["text"] != dataset.meta["train"]["sha256"]:
                 print(f"changed   the text in {dataset.folder}: another one before")
-        engine = run_engine(config, saved["engine"] if way == "resume" else None)
-        state = build_state(config, engine)
+        model = build_model(config)
+        engine = run_engine(config, model, saved["engine"] if way == "resume" else None)
+        state = build_state(config, model, engine)
         if way == "resume":
             state.load_state_dict(saved)
         elif way == "weights":
@@ -77,7 +78,8 @@ def start_run(config: TrainConfig) -> None:
         else:
             next(run.micro_batches(state.step))  # wrong data shows before anything is written
             if config.wandb_log:
-                run.also = (metrics.wandb_log(config.wandb_project, folder.name, asdict(config)),)
+                name = config.wandb_run_name or folder.name
+                run.also = (metrics.wandb_log(config.wandb_project, name, asdict(config)),)
             run.record()
             run.describe()
             run.train()
@@ -103,23 +105,17 @@ def fit_to_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
     return replace(config, vocab_size=n), dataset
 
 
-def run_engine(config: TrainConfig, before: dict | None) -> Engine:
-    """The engine that config and machine give; auto keeps what it chose for the run before."""
-    hardware = find_hardware()
-    asked = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
-    if before:
-        kept = {key: before[key] if value == "auto" else value for key, value in asked.items()}
-        with suppress(ValueError):  # the run has moved to a machine without that device
-            return replace(choose_engine(hardware, **kept), reasons=("as the run began",) * 3)
-    flops = flops_per_token(config) * config.tokens_per_update * config.max_iters
-    return choose_engine(hardware, **asked, flops=flops)
+def build_model(config: TrainConfig) -> GPT:
+    """A fresh model, drawn from the seed."""
+    torch.manual_seed(config.seed)
+    return GPT(config.model_config())
 
 
-def flops_per_token(config: TrainConfig) -> float:
-    """Floating point operations of training on one token, from the config's shape."""
-    with torch.device("meta"):  # shapes without numbers
-        model = GPT(config.model_config())
-    lookups = [] if config.tie_embeddings else [model.tokens.weight]
+def flops_per_token(model: GPT) -> float:
+    """Floating point operations of training the model on one token."""
+    config, lookups = model.config, []
+    if not config.tie_embeddings:
+        lookups.append(model.tokens.weight)
     if config.position == "learned":
         lookups.append(model.positions.weight)
     n = count_parameters(model) - sum(weight.numel() for weight in lookups)
@@ -127,12 +123,23 @@ def flops_per_token(config: TrainConfig) -> float:
     return metrics.flops_per_token(n, **shape)
 
 
-def build_state(config: TrainConfig, engine: Engine) -> TrainState:
-    """A fresh model, drawn from the seed, on its device, with its optimizer."""
+def run_engine(config: TrainConfig, model: GPT, before: dict | None) -> Engine:
+    """The engine that config and machine give; auto keeps what it chose for the run before."""
+    hardware = find_hardware()
+    asked = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
+    if before:
+        kept = {key: before[key] if value == "auto" else value for key, value in asked.items()}
+        with suppress(ValueError):  # the run has moved to a machine without that device
+            return replace(choose_engine(hardware, **kept), reasons=("as the run began",) * 3)
+    flops = flops_per_token(model) * config.tokens_per_update * config.max_iters
+    return choose_engine(hardware, **asked, flops=flops)
+
+
+def build_state(config: TrainConfig, model: GPT, engine: Engine) -> TrainState:
+    """The model on its device, with its optimizer, before the first update."""
     if engine.device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    torch.manual_seed(config.seed)
-    model = GPT(config.model_config()).to(engine.device)
+    model = model.to(engine.device)
     groups = parameter_groups(model, config.weight_decay)
     betas = (config.beta1, config.beta2)
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=betas)
@@ -190,7 +197,7 @@ class Run:
         if self.fresh and config.init_from in ("scratch", "auto"):
             guess = f"ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}"
             print(f"loss      starts near that of a blind guess, {guess}")
-        flops = flops_per_token(config) * per_update * (config.max_iters - step)
+        flops = flops_per_token(self.state.model) * per_update * (config.max_iters - step)
         seconds = flops / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
         if engine.device_type == "cpu" and seconds > 3600 and not config.eval_only:
             print(
@@ -210,7 +217,7 @@ class Run:
             eval_interval=config.eval_interval,
             log_interval=config.log_interval,
             tokens_per_update=config.tokens_per_update,
-            flops_per_token=flops_per_token(config),
+            flops_per_token=flops_per_token(self.state.model),
             peak=None if self.engine.dtype == "float32" else peak,
             also=self.also,
         )
@@ -254,7 +261,7 @@ class Run:
         whole = math.ceil((len(self.dataset.val) - 1) / config.block_size / config.batch_size)
         losses = {}
         for split, n in (("train", config.eval_iters or whole), ("val", config.eval_iters)):
-            batches: Iterable = evaluation_batches(
+            batches = evaluation_batches(
                 getattr(self.dataset, split),
                 batch_size=config.batch_size,
                 block_size=config.block_size,

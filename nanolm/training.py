@@ -117,8 +117,7 @@ def update(
         state.skipped = 0
     elif not fp16_scale_is_settling(state, loss):
         state.skipped += 1
-    if state.scaler.is_enabled():
-        state.scaler.update()
+    state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return loss, norm
