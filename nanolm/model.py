@@ -20,7 +20,7 @@ The model knows nothing of optimizers, files, devices or processes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,16 +56,13 @@ class ModelConfig:
     def __post_init__(self):
         sizes = "vocab_size block_size n_layer n_head n_embd n_hidden n_kv_head head_size"
         require_at_least(self, 1, sizes)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        require_fraction(self, "dropout")
         for key in ("norm_eps", "rope_theta"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
-        for key, choices in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS)):
-            if getattr(self, key) not in choices:
-                raise ValueError(
-                    f"{key}={getattr(self, key)!r}: choose one of {', '.join(choices)}"
-                )
+        require_choice("norm", self.norm, NORMS)
+        require_choice("position", self.position, POSITIONS)
+        require_choice("mlp", self.mlp, MLPS)
         self._fill_in()
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}")
@@ -96,6 +93,19 @@ def require_at_least(config: object, minimum: float, keys: str) -> None:
         value = getattr(config, key)
         if value is not None and value < minimum:
             raise ValueError(f"{key}={value}: must be at least {minimum}")
+
+
+def require_fraction(config: object, keys: str) -> None:
+    """Raise ValueError for the first of the keys that is not at least 0 and below 1."""
+    for key in keys.split():
+        if not 0 <= getattr(config, key) < 1:
+            raise ValueError(f"{key}={getattr(config, key)}: must be at least 0 and below 1")
+
+
+def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{key}={value!r}: choose one of {', '.join(choices)}")
 
 
 class MLP(nn.Module):

@@ -6,7 +6,7 @@ mean here what they mean there. `python train.py --help` prints this table.
 
 from dataclasses import dataclass, fields
 
-from nanolm.model import ModelConfig, require_at_least
+from nanolm.model import ModelConfig, require_at_least, require_choice, require_fraction
 from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate
 
 
@@ -65,14 +65,9 @@ class TrainConfig(ModelConfig):
             raise ValueError(
                 f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}"
             )
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
-        for key, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            if getattr(self, key) not in choices:
-                raise ValueError(
-                    f"{key}={getattr(self, key)!r}: choose one of {', '.join(choices)}"
-                )
+        require_fraction(self, "beta1 beta2")
+        require_choice("optimizer", self.optimizer, OPTIMIZERS)
+        require_choice("schedule", self.schedule, SCHEDULES)
 
     @property
     def tokens_per_update(self) -> int:
