@@ -6,7 +6,7 @@ Writes data/NAME. Known names (pydocs, shakespeare_char) bring their own text.
 from dataclasses import dataclass
 
 from nanolm.config import load_config, run_script
-from nanolm.data import check_dataset, prepare
+from nanolm.data import check_dataset, open_dataset, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +22,16 @@ class PrepareConfig:
 
 def main(arguments: list[str]) -> None:
     config = load_config(PrepareConfig, arguments, positional="name")
-    if not config.check:
+    if config.check:
+        meta = check_dataset(config.name)
+    else:
         prepare(
             config.name,
             inputs=config.input,
             tokenizer=config.tokenizer,
             val_fraction=config.val_fraction,
         )
-    meta = check_dataset(config.name)
+        meta = open_dataset(config.name).meta
     print(f"data/{config.name}: {meta['source']}")
     print(f"tokenizer: {meta['tokenizer']}, {meta['vocab_size']:,} ids")
     for split in ("train", "val"):
