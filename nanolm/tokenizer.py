@@ -2,26 +2,55 @@
 
 A model reads and writes small integers. The simplest tokenizer gives every character of the
 training text an id of its own: nothing to learn, a vocabulary of a hundred or so, and sequences as
-long as the text. Characters outside its alphabet have no id.
+long as the text. Characters outside its alphabet have no id. Byte pair encoding has tokens for
+frequent words and for every byte, so its sequences are several times shorter, and no text is
+foreign to it.
 
-Every tokenizer here has vocab_size, encode, decode, decode_bytes and save, and load_tokenizer
-reads back what save has written.
+Every tokenizer here has a name, vocab_size, special_tokens, end_of_text, encode, decode,
+decode_bytes and save, and load_tokenizer reads back what save has written. A special token says
+something about the text and is no part of it: in a text to encode, its name is ordinary
+characters, unless the caller allows it to be more.
 """
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 
+import regex
+import tiktoken
+
+from nanolm import gpt2
+from nanolm.bpe import (
+    GPT2_SPLIT,
+    N_BYTES,
+    compiled,
+    complete,
+    count_pieces,
+    cut_long_blanks,
+    encode_naive,
+    learn_merges,
+    split,
+    tokens_of,
+)
 from nanolm.files import write_text
+from nanolm.workers import batches, in_order, n_cores
 
 FORMAT = 1  # of the JSON file
+TOKENIZER_FILE = "nanolm_tokenizer.json"  # its name in the folder of a dataset or of a run
+END_OF_TEXT = "<|endoftext|>"
 
 
 class CharTokenizer:
     """One id per character, in the order of their code points."""
 
-    kind = "char"
+    kind = name = "char"
+    special_tokens: Mapping[str, int] = {}
+    end_of_text = None
 
     def __init__(self, characters: Iterable[str]):
         """characters: the alphabet; order and repetition do not matter."""
@@ -37,8 +66,11 @@ class CharTokenizer:
     def vocab_size(self) -> int:
         return len(self.characters)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, one per character. Raises ValueError at a character without one."""
+    def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
+        """Ids of the text, one per character. Raises ValueError at a character without one.
+
+        There are no special tokens to allow: allowed_special is there for the tokenizers alike.
+        """
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
@@ -62,24 +94,254 @@ class CharTokenizer:
         content = {"format": FORMAT, "kind": self.kind, "characters": "".join(self.characters)}
         write_text(path, json.dumps(content) + "\n")
 
+    @classmethod
+    def from_json(cls, content: dict) -> "CharTokenizer":
+        """The tokenizer of what save has written."""
+        return cls(content["characters"])
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CharTokenizer) and self.characters == other.characters
 
 
-def load_tokenizer(path: str | Path) -> CharTokenizer:
-    """Read a tokenizer that save has written. Raises ValueError where there is none."""
+class BPETokenizer:
+    """Byte-level byte pair encoding, with special tokens. bpe.py is the algorithm."""
+
+    kind = "bpe"
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int] = {},
+        *,
+        pattern: str = GPT2_SPLIT,
+        name: str | None = None,
+    ):
+        """ranks: bytes -> id of every token, earlier merges lower; special_tokens: text -> id.
+
+        name: what prepare.py calls it. Raises ValueError for ids that are not 0, 1, 2 ... without
+        gap, for a byte without token, and for a pattern that cannot cut a text.
+        """
+        self.ranks, self.special_tokens = dict(ranks), dict(special_tokens)
+        self.pattern, self.name = pattern, name or f"bpe:{self.vocab_size}"
+        ids = [*self.ranks.values(), *self.special_tokens.values()]
+        if sorted(ids) != list(range(len(ids))) or not all(isinstance(i, int) for i in ids):
+            raise ValueError(f"{len(ids)} tokens need the ids 0 to {len(ids) - 1}, each once")
+        if not all(bytes([byte]) in self.ranks for byte in range(N_BYTES)):
+            raise ValueError("each of the 256 bytes needs a token, or some texts have none")
+        if "" in self.special_tokens:
+            raise ValueError("a special token needs a name of at least one character")
+        check_characters("".join(self.special_tokens))
+        compiled(pattern)
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        *,
+        pattern: str = GPT2_SPLIT,
+        special_tokens: Collection[str] = (END_OF_TEXT,),
+        processes: int = 1,
+    ) -> "BPETokenizer":
+        """Learn a vocabulary from texts: the bytes, then merges, then the special tokens.
+
+        vocab_size counts them all. Texts in which no pair is left to merge give a smaller
+        vocabulary, and a warning on stderr. Raises ValueError where the size is too small for the
+        bytes and the special tokens, or too large for a merge to have a character (see bpe.py).
+        """
+        special_tokens = list(dict.fromkeys(special_tokens))
+        n_fixed = N_BYTES + len(special_tokens)
+        if not n_fixed <= vocab_size <= sys.maxunicode:
+            raise ValueError(
+                f"vocab_size={vocab_size}: choose at least {n_fixed} ({N_BYTES} for the bytes and "
+                f"{len(special_tokens)} for special tokens) and at most {sys.maxunicode}"
+            )
+        if isinstance(texts, str):
+            raise ValueError("texts is one string: give a list, [text]")
+        compiled(pattern)
+        counts = Counter()
+        count = partial(count_pieces, pattern=pattern)
+        for part in in_order(count, batches(texts), processes=processes):
+            counts.update(part)
+        merges = learn_merges(counts, vocab_size - n_fixed)
+        tokens = tokens_of(merges)
+        if len(tokens) + len(special_tokens) < vocab_size:
+            print(
+                f"warning: the text has no more pairs to merge: {len(tokens)} tokens and "
+                f"{len(special_tokens)} special ones instead of {vocab_size}",
+                file=sys.stderr,
+            )
+        ranks = {token: i for i, token in enumerate(tokens)}
+        special = {text: len(tokens) + i for i, text in enumerate(special_tokens)}
+        return cls(ranks, special, pattern=pattern)
+
+    @classmethod
+    def gpt2(cls, folder: str | Path | None = None) -> "BPETokenizer":
+        """GPT-2's vocabulary: from a folder that holds its encoder.json, or through tiktoken.
+
+        tiktoken downloads it once, and checks it. Raises ValueError where that fails, or where the
+        file is missing or not GPT-2's.
+        """
+        try:
+            ranks = gpt2.read(Path(folder) / gpt2.FILE) if folder else gpt2.download()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"cannot get GPT-2's vocabulary ({error}); try again, or name a folder that holds "
+                f"its {gpt2.FILE}: --tokenizer=FOLDER"
+            ) from None
+        return cls(ranks, {END_OF_TEXT: len(ranks)}, name="gpt2")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.ranks) + len(self.special_tokens)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id of the special token that ends a document, if there is one."""
+        return self.special_tokens.get(END_OF_TEXT)
+
+    def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
+        """Ids of the text: what encode_naive gives, by tiktoken.
+
+        allowed_special: the special tokens that mean themselves where they stand in the text, or
+        "all"; any other is ordinary characters. Raises ValueError for one that does not exist, and
+        for half a surrogate pair, which is no character.
+        """
+        ids = []
+        for part in self._parts(text, allowed_special):
+            ids += [part] if isinstance(part, int) else self._engine.encode_ordinary(part)
+        return ids
+
+    def encode_naive(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
+        """The same by the textbook: cut into pieces, and merge in each the lowest rank first."""
+        ids = []
+        for part in self._parts(text, allowed_special):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                for piece in split(part, self.pattern):
+                    ids += encode_naive(piece, self.ranks)
+        return ids
+
+    def encode_batch(
+        self, texts: Iterable[str], *, allowed_special: Collection[str] = ()
+    ) -> list[list[int]]:
+        """encode of each text, by as many threads as there are cores."""
+        with ThreadPoolExecutor(n_cores()) as threads:
+            return list(threads.map(partial(self.encode, allowed_special=allowed_special), texts))
+
+    def _parts(self, text: str, allowed_special: Collection[str]) -> Iterator[str | int]:
+        """What stands between the special tokens that are allowed, and these as ids."""
+        check_characters(text)
+        allowed = list(self.special_tokens if allowed_special == "all" else allowed_special)
+        for token in allowed:
+            if token not in self.special_tokens:
+                raise ValueError(
+                    f"special token {token!r}: this tokenizer has {list(self.special_tokens)}"
+                )
+        for i, part in enumerate(cut_out(allowed, text)):
+            if i % 2:
+                yield self.special_tokens[part]
+            else:
+                yield from cut_long_blanks(part)
+
+    @cached_property
+    def _engine(self) -> tiktoken.Encoding:
+        pattern = complete(self.pattern)
+        return tiktoken.Encoding(
+            self.name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
+        )
+
+    @cached_property
+    def _texts(self) -> dict[int, bytes]:
+        special = {i: text.encode() for text, i in self.special_tokens.items()}
+        return {i: token for token, i in self.ranks.items()} | special
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ids; one character may need several. ValueError for an unknown id."""
+        try:
+            return b"".join([self._texts[i] for i in ids])
+        except KeyError as error:
+            raise ValueError(
+                f"id {error.args[0]} is outside the vocabulary of {self.vocab_size}"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, path: str | Path) -> None:
+        """Write one JSON file that load_tokenizer reads; a byte is the character of its number."""
+        content = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "name": self.name,
+            "pattern": self.pattern,
+            "special_tokens": self.special_tokens,
+            "ranks": {token.decode("latin-1"): i for token, i in self.ranks.items()},
+        }
+        write_text(path, json.dumps(content, indent=0) + "\n")
+
+    @classmethod
+    def from_json(cls, content: dict) -> "BPETokenizer":
+        """The tokenizer of what save has written."""
+        ranks = {token.encode("latin-1"): i for token, i in content["ranks"].items()}
+        options = {"pattern": content["pattern"], "name": content["name"]}
+        return cls(ranks, content["special_tokens"], **options)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BPETokenizer):
+            return False
+        keys = ("ranks", "special_tokens", "pattern")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+
+Tokenizer = CharTokenizer | BPETokenizer
+KINDS = {"char": CharTokenizer, "bpe": BPETokenizer}
+
+
+def check_characters(text: str) -> None:
+    """Raise ValueError where a text has no UTF-8."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if (content["format"], content["kind"]) != (FORMAT, CharTokenizer.kind):
-            raise ValueError
-        return CharTokenizer(content["characters"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        text.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"{path} is missing, or no tokenizer of this version of nanolm: prepare the text again"
+            f"half a surrogate pair, {text[error.start]!r} at position {error.start}, is no "
+            "character and has no UTF-8: leave it out"
         ) from None
 
 
-def stream_text(tokenizer: CharTokenizer, ids: Iterable[int]) -> Iterator[str]:
+def cut_out(names: Collection[str], text: str) -> list[str]:
+    """The text between the names at even places, and the names at odd ones."""
+    if not names:
+        return [text]
+    longest_first = sorted(names, key=len, reverse=True)  # one may begin with another
+    return regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer that save has written, from its file or from the folder that holds it.
+
+    A folder of GPT-2's own files is welcome, too. Raises ValueError where there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / gpt2.FILE).exists() and not (path / TOKENIZER_FILE).exists():
+            return BPETokenizer.gpt2(path)
+        path = path / TOKENIZER_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError
+        return KINDS[content["kind"]].from_json(content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(
+            f"{path} is missing, or no tokenizer of this version of nanolm: prepare the text "
+            "again, or name another"
+        ) from None
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids that arrive one by one, as soon as each character is complete.
 
     Joined, the pieces are the decoded text; bytes that are no UTF-8 become U+FFFD.

@@ -1,16 +1,59 @@
-"""Laws of the tokenizer."""
+"""Laws of the tokenizers."""
 
+import hashlib
 import json
 
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
-from nanolm.tokenizer import CharTokenizer, load_tokenizer, stream_text
+from nanolm.bpe import LONGEST_BLANK, N_BYTES
+from nanolm.tokenizer import (
+    END_OF_TEXT,
+    TOKENIZER_FILE,
+    BPETokenizer,
+    CharTokenizer,
+    load_tokenizer,
+    stream_text,
+)
 
-texts = st.text(
-    st.characters(exclude_categories=["Cs"]), min_size=1
-)  # every str but lone surrogates
+GPT4_SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL = [END_OF_TEXT, "<|end of\n\n line|>", ".*"]
+CORPUS = [
+    "They're the wolves that met 1024 foxes, and the foxes' wolves weren't theirs.\n\n\n  The",
+    "Ελληνικά, по-русски, 日本語で, हिन्दी में, بالعربية, 🙂🙃🙂 e\u0301e\u0301\u00a0\u017f ",
+    "aaaaaaaaaaaaaaaa                \r\n\r\n\n\n\n\n\t\t11111111........",
+]
+BPE_TOKENIZERS = {
+    "bytes": BPETokenizer.train([], N_BYTES + 3, special_tokens=SPECIAL),
+    "GPT-2": BPETokenizer.train(CORPUS, 400, special_tokens=SPECIAL),
+    "GPT-4": BPETokenizer.train(CORPUS, 400, special_tokens=SPECIAL, pattern=GPT4_SPLIT),
+    "whole": BPETokenizer.train(CORPUS, 400, special_tokens=SPECIAL, pattern=r"(?s:.+)"),
+    "letters": BPETokenizer.train(CORPUS, 300, special_tokens=SPECIAL, pattern=r"[a-z]+"),
+}
+every_bpe = pytest.mark.parametrize("tokenizer", BPE_TOKENIZERS.values(), ids=BPE_TOKENIZERS)
+
+
+def texts_without(*categories):
+    """Texts of words that the tokenizers know, special tokens, and any other characters."""
+    known = [*SPECIAL, *" ".join(CORPUS).split(" "), *"\n\r\t ", "  ", "aaaa", "'ll"]
+    others = st.text(st.characters(exclude_categories=categories))
+    return st.lists(st.sampled_from(known) | others).map("".join)
+
+
+texts = texts_without("Cs")  # every str but lone surrogates
+# regex and tiktoken need not agree on what a character is that Unicode has not assigned yet.
+assigned_texts = texts_without("Cs", "Cn")
+allowed = st.sampled_from([(), [END_OF_TEXT], {*SPECIAL}, "all"])
+
+
+# ------------------------------------------------------------------------------------------
+# Characters
 
 
 @given(texts)
@@ -36,18 +79,6 @@ def test_a_stream_decodes_to_the_same_text_as_the_whole(text):
     assert "".join(stream_text(tokenizer, tokenizer.encode(text))) == text
 
 
-def test_a_character_spanning_tokens_is_streamed_when_it_is_complete():
-    """A byte tokenizer stands in for any whose tokens can split a character."""
-
-    class Bytes:
-        def decode_bytes(self, ids):
-            return bytes(ids)
-
-    pieces = list(stream_text(Bytes(), "aé€😀".encode()))
-    assert [piece for piece in pieces if piece] == ["a", "é", "€", "😀"]
-    assert "".join(stream_text(Bytes(), "é".encode()[:1])) == "\ufffd"
-
-
 @settings(max_examples=20)
 @given(text=texts)
 def test_a_saved_tokenizer_is_loaded_equal(text, tmp_path_factory):
@@ -67,13 +98,306 @@ def test_an_unknown_character_is_named_with_its_place():
         CharTokenizer("abc").encode("abé")
 
 
+# ------------------------------------------------------------------------------------------
+# Byte pair encoding: to ids, and back
+
+
+@every_bpe
+@given(text=texts, allowed=allowed)
+def test_every_text_survives_its_encoding(tokenizer, text, allowed):
+    ids = tokenizer.encode(text, allowed_special=allowed)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+@every_bpe
+@given(text=assigned_texts, allowed=allowed)
+def test_encode_gives_what_the_textbook_and_bare_tiktoken_give(tokenizer, text, allowed):
+    ids = tokenizer.encode(text, allowed_special=allowed)
+    assert ids == tokenizer.encode_naive(text, allowed_special=allowed)
+    assert ids == bare_tiktoken(tokenizer, text, allowed)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [" " * 10**6, "\n  \n" * 250_000, "a" * 10**5, "1" * 10**5],
+    ids=["spaces", "lines", "letters", "digits"],
+)
+def test_a_run_without_end_is_encoded_as_the_textbook_does(run):
+    """tiktoken alone gives up at a million blanks."""
+    tokenizer, text = BPE_TOKENIZERS["GPT-2"], f"{run}the {run[:30_000]}end"
+    ids = tokenizer.encode(text)
+    assert ids == tokenizer.encode_naive(text)
+    assert tokenizer.decode(ids) == text
+
+
+def test_white_space_is_encoded_apart_only_where_it_is_too_long():
+    tokenizer, blank = BPE_TOKENIZERS["GPT-2"], " " * (LONGEST_BLANK - 1)
+    assert tokenizer.encode(blank + "the") == bare_tiktoken(tokenizer, blank + "the")
+    apart = bare_tiktoken(tokenizer, blank + " ") + bare_tiktoken(tokenizer, "the")
+    assert tokenizer.encode(blank + " the") == apart
+
+
+@every_bpe
+def test_a_batch_is_encoded_as_each_of_its_texts_is(tokenizer):
+    texts = [*CORPUS, *SPECIAL, "", "ab"] * 3
+    for allowed in [(), "all"]:
+        ids = [tokenizer.encode(text, allowed_special=allowed) for text in texts]
+        assert tokenizer.encode_batch(iter(texts), allowed_special=allowed) == ids
+
+
+@given(before=texts, half=st.characters(categories=["Cs"]), after=texts)
+def test_half_a_surrogate_pair_is_refused_with_its_place(before, half, after):
+    for encode in (BPE_TOKENIZERS["GPT-2"].encode, BPE_TOKENIZERS["GPT-2"].encode_naive):
+        with pytest.raises(ValueError, match=rf"half a surrogate .* position {len(before)},"):
+            encode(before + half + after)
+
+
+@every_bpe
+@given(content=st.binary())
+def test_any_bytes_can_be_said_and_are_decoded(tokenizer, content):
+    assert tokenizer.decode_bytes(content) == content  # a byte is its own id
+
+
+@every_bpe
+@given(data=st.data())
+def test_ids_stream_to_the_text_of_their_joined_bytes(tokenizer, data):
+    """Also ids that no text has: the parts of a character, torn and in any order."""
+    parts = [*"é€😀\ud800a".encode("utf-8", "surrogatepass")]
+    any_id = st.sampled_from(parts) | st.integers(0, tokenizer.vocab_size - 1)
+    ids = data.draw(st.lists(any_id))
+    texts = {i: text for text, i in tokenizer.ranks.items()}
+    texts |= {i: text.encode() for text, i in tokenizer.special_tokens.items()}
+    assert tokenizer.decode_bytes(ids) == b"".join(texts[i] for i in ids)
+    assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_character_spanning_tokens_is_streamed_when_it_is_complete():
+    tokenizer = BPE_TOKENIZERS["bytes"]
+    pieces = list(stream_text(tokenizer, tokenizer.encode("aé€😀")))
+    assert [piece for piece in pieces if piece] == ["a", "é", "€", "😀"]
+    assert "".join(stream_text(tokenizer, "é".encode()[:1])) == "\ufffd"
+
+
+@pytest.mark.parametrize("i", [-1, 400])
+def test_an_id_outside_the_vocabulary_is_named(i):
+    with pytest.raises(ValueError, match=f"id {i} is outside the vocabulary of 400"):
+        BPE_TOKENIZERS["GPT-2"].decode([0, i])
+
+
+# ------------------------------------------------------------------------------------------
+# Special tokens
+
+
+@given(st.data(), st.text("ab (.\n", max_size=20))
+def test_the_longest_allowed_special_token_is_one_id_and_the_rest_is_data(data, text):
+    names = data.draw(st.lists(st.text("ab (.\n", min_size=1, max_size=3), min_size=1))
+    ids = {name: N_BYTES + i for i, name in enumerate(dict.fromkeys(names))}  # each once
+    tokenizer = BPETokenizer.train([], N_BYTES + len(ids), special_tokens=names)
+    allowed = data.draw(st.sets(st.sampled_from(names)))
+    expected, rest = [], text
+    while rest:
+        here = max(filter(rest.startswith, allowed), key=len, default=None)
+        expected.append(ids[here] if here else ord(rest[0]))
+        rest = rest.removeprefix(here or rest[0])
+    assert tokenizer.special_tokens == ids
+    assert tokenizer.encode(text, allowed_special=allowed) == expected
+
+
+def test_a_special_token_that_does_not_exist_is_named():
+    tokenizer = BPE_TOKENIZERS["GPT-2"]
+    for encode in (tokenizer.encode, tokenizer.encode_naive):
+        with pytest.raises(ValueError, match=r"'<\|other\|>'.*<\|endoftext\|>"):
+            encode("text", allowed_special=[END_OF_TEXT, "<|other|>"])
+
+
+# ------------------------------------------------------------------------------------------
+# Training
+
+
+def test_a_vocabulary_is_the_bytes_then_the_merges_then_the_special_tokens():
+    tokenizer = BPETokenizer.train(["aaabdaaabac"], 260, pattern=r"(?s:.+)", special_tokens=["x"])
+    assert list(tokenizer.ranks)[N_BYTES:] == [b"aa", b"ab", b"aaab"]
+    assert list(tokenizer.ranks.values()) == list(range(259))
+    assert (tokenizer.special_tokens, tokenizer.end_of_text) == ({"x": 259}, None)
+    assert (tokenizer.vocab_size, tokenizer.name) == (260, "bpe:260")
+    assert BPETokenizer.train([], 257).end_of_text == 256
+
+
+def test_training_depends_on_neither_the_order_of_the_texts_nor_the_number_of_processes():
+    """Each process gets a text whose words no other text has."""
+    texts = [f" {word} {word * 2}" * 200_000 for word in ["one", "two", "three"]]
+    tokenizer = BPETokenizer.train(texts, 290)
+    assert BPETokenizer.train(reversed(texts), 290, processes=2) == tokenizer
+    assert all(len(tokenizer.encode(word)) == 1 for word in [" one", " two", " three"])
+
+
+@pytest.mark.parametrize(("texts", "n"), [([], 256), ([""], 256), (["a"], 256), (["aaa"], 258)])
+def test_a_text_too_small_for_the_vocabulary_is_learned_whole_and_says_so(texts, n, capsys):
+    tokenizer = BPETokenizer.train(texts, 300)
+    assert capsys.readouterr().err.startswith("warning: the text has no more pairs to merge")
+    assert (len(tokenizer.ranks), tokenizer.vocab_size) == (n, n + 1)
+    assert BPETokenizer.train(texts, n + 1) == tokenizer
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((["abc"], 257), "vocab_size=257: choose at least 258"),
+        ((["abc"], 2**21), "and at most"),
+        (("abc", 300), r"one string: give a list, \[text\]"),
+    ],
+)
+def test_training_refuses_what_it_cannot_do(arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        BPETokenizer.train(*arguments, special_tokens=["x", "y"])
+
+
+def test_half_a_thousand_tokens_halve_tiny_shakespeare(test_data):
+    text = (test_data / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    tokenizer = BPETokenizer.train(lines, 512)
+    assert len(text.encode()) / len(tokenizer.encode(text)) > 1.9
+    assert BPETokenizer.train(sorted(lines), 512) == tokenizer
+
+
+# ------------------------------------------------------------------------------------------
+# Files
+
+
+@every_bpe
+@pytest.mark.parametrize("place", ["t.json", "."])
+def test_a_loaded_tokenizer_encodes_as_the_saved_one(tokenizer, place, tmp_path):
+    tokenizer.save(tmp_path / (TOKENIZER_FILE if place == "." else place))
+    loaded = load_tokenizer(tmp_path / place)
+    text = "".join([*CORPUS, *SPECIAL])
+    for allowed in [(), "all"]:
+        ids = tokenizer.encode(text, allowed_special=allowed)
+        assert loaded.encode(text, allowed_special=allowed) == ids
+        assert loaded.decode(ids) == text
+    assert (loaded, loaded.name) == (tokenizer, tokenizer.name)
+
+
+def test_tokenizers_that_encode_differently_differ():
+    tokenizers = [
+        BPETokenizer.train(["ab"], 257, special_tokens=["x"]),
+        BPETokenizer.train(["ab"], 257, special_tokens=["y"]),
+        BPETokenizer.train(["ab"], 258, special_tokens=["x"]),
+        BPETokenizer.train(["ab"], 257, special_tokens=["x"], pattern=r"\w+"),
+        CharTokenizer("ab"),
+    ]
+    assert all((a == b) == (a is b) for a in tokenizers for b in tokenizers)
+
+
+BYTES = {chr(byte): byte for byte in range(N_BYTES)}
+GOOD = {"format": 1, "kind": "bpe", "name": "good", "pattern": r"\w+"}
+GOOD |= {"special_tokens": {"x": 256}, "ranks": BYTES}
+
+
+def test_a_file_of_this_form_is_read(tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps(GOOD))
+    expected = BPETokenizer.train([], 257, special_tokens=["x"], pattern=r"\w+")
+    assert load_tokenizer(tmp_path / "t.json") == expected
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=rf"{TOKENIZER_FILE} is missing, or no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", json.dumps({"format": 1, "kind": "char", "characters": 3})]
-    + [json.dumps({"format": 2, "kind": "char", "characters": "ab"})]
-    + [json.dumps({"format": 1, "kind": "other", "characters": "ab"})],
+    [
+        *["", "{", "[]", "{}", "[" * 100_000, "\ud800"],
+        *[{"format": 1, "kind": kind, "characters": "ab"} for kind in ("other", ["char"], "bpe")],
+        *[{"format": 1, "kind": "char", "characters": 3}],
+        *[{"format": 2, "kind": "char", "characters": "ab"}],
+        *[{key: GOOD[key] for key in GOOD if key != missing} for missing in GOOD],
+        *[GOOD | {"pattern": pattern} for pattern in (3, None, [], "(", "(a)", "a*")],
+        *[GOOD | {"ranks": ranks} for ranks in (None, [], {}, list(BYTES), "ranks")],
+        *[GOOD | {"ranks": BYTES | {"a": i}} for i in (0, -1, 97.0, "97", None, True)],
+        *[GOOD | {"ranks": BYTES | new} for new in ({"ab": 258}, {"ab": 256}, {"\u0100": 257})],
+        *[{**GOOD, "ranks": {"ab": 0} | {chr(i): i for i in range(1, 256)}}],
+        *[GOOD | {"special_tokens": names} for names in (["x"], {"x": 255}, {"": 256}, "x", 3)],
+        *[GOOD | {"special_tokens": {"\ud800": 256}}],
+    ],
 )
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(content, tmp_path):
-    (tmp_path / "t.json").write_text(content)
+    content = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "t.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"t\.json is missing, or no tokenizer"):
         load_tokenizer(tmp_path / "t.json")
+
+
+# ------------------------------------------------------------------------------------------
+# GPT-2's vocabulary
+
+
+@pytest.fixture(scope="module")
+def gpt2(test_data):
+    return BPETokenizer.gpt2(test_data / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def tiktokens_gpt2(test_data, tmp_path_factory):
+    """tiktoken's own, which finds the files in its cache and has no need of the network."""
+    cache = tmp_path_factory.mktemp("cache")
+    for name in ("encoder.json", "vocab.bpe"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        content = (test_data / "gpt2" / name).read_bytes()
+        (cache / hashlib.sha1(url.encode()).hexdigest()).write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        yield tiktoken.Encoding(**openai_public.gpt2())
+
+
+def test_gpt2_comes_from_a_folder_or_through_tiktoken(gpt2, tiktokens_gpt2, test_data, tmp_path):
+    assert (gpt2.name, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 50257, 50256)
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2 == BPETokenizer.gpt2() == load_tokenizer(test_data / "gpt2")
+    gpt2.save(tmp_path / TOKENIZER_FILE)
+    (tmp_path / "encoder.json").write_text("")  # a file of our own goes before
+    assert load_tokenizer(tmp_path) == gpt2
+
+
+def test_gpt2_encodes_tiny_shakespeare_as_tiktoken_does(gpt2, tiktokens_gpt2, test_data):
+    text = (test_data / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    assert gpt2.encode(text) == tiktokens_gpt2.encode(text)
+
+
+@given(text=assigned_texts)
+def test_gpt2_encodes_every_text_as_tiktoken_does(gpt2, tiktokens_gpt2, text):
+    ids = gpt2.encode(text, allowed_special="all")
+    assert ids == tiktokens_gpt2.encode(text, allowed_special="all")
+    assert ids == gpt2.encode_naive(text, allowed_special="all")
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_folder_without_gpt2s_own_vocabulary_is_refused(content, tmp_path):
+    if content is not None:
+        (tmp_path / "encoder.json").write_text(content)
+    with pytest.raises(ValueError, match=r"GPT-2's vocabulary .*encoder\.json"):
+        BPETokenizer.gpt2(tmp_path)
+
+
+def test_without_network_one_is_told_where_else_gpt2_can_come_from(tmp_path, monkeypatch):
+    def fail(url):
+        raise OSError("no network")
+
+    monkeypatch.setattr("tiktoken.load.read_file", fail)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"no network.* folder .*encoder\.json"):
+        BPETokenizer.gpt2()
+
+
+def bare_tiktoken(tokenizer, text, allowed=()):
+    """What tiktoken gives without any help but a pattern that misses no character."""
+    encoding = tiktoken.Encoding(
+        "bare",
+        pat_str=tokenizer.pattern + "|(?s:.)",
+        mergeable_ranks=tokenizer.ranks,
+        special_tokens=tokenizer.special_tokens,
+    )
+    allowed = allowed if allowed == "all" else set(allowed)
+    return encoding.encode(text, allowed_special=allowed, disallowed_special=())
