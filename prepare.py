@@ -1,12 +1,13 @@
 """Prepare text for training: python prepare.py NAME [--input PATH ...] [--key=value ...]
 
-Writes data/NAME. Known names (pydocs, shakespeare_char) bring their own text.
+Writes data/NAME. Known names (pydocs, shakespeare_char, shakespeare) bring their own text.
 """
 
 from dataclasses import dataclass
 
 from nanolm.config import load_config, run_script
-from nanolm.data import check_dataset, open_dataset, prepare
+from nanolm.data import TOKENIZER_BYTES, check_dataset, open_dataset, prepare
+from nanolm.workers import n_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +15,11 @@ class PrepareConfig:
     """The keys of prepare.py."""
 
     name: str  # the dataset: a folder in data/
-    input: tuple[str, ...] = ()  # text files, and folders of them
-    tokenizer: str | None = None  # char; None: the known dataset's own, else char
+    input: tuple[str, ...] = ()  # .txt or .jsonl files, folders of them, - (stdin), hf:NAME
+    tokenizer: str | None = None  # char | bpe:N | gpt2 | its path; None: char, or the dataset's
+    tokenizer_bytes: int = TOKENIZER_BYTES  # of text, at most, that bpe:N learns from
     val_fraction: float = 0.1  # share of the text, at its end, that is kept for validation
+    processes: int | None = None  # that encode at once; None: one for each core
     check: bool = False  # prepare nothing; compare the files with their fingerprints
 
 
@@ -29,7 +32,9 @@ def main(arguments: list[str]) -> None:
             config.name,
             inputs=config.input,
             tokenizer=config.tokenizer,
+            tokenizer_bytes=config.tokenizer_bytes,
             val_fraction=config.val_fraction,
+            processes=n_cores() if config.processes is None else config.processes,
         )
         meta = open_dataset(config.name).meta
     print(f"data/{config.name}: {meta['source']}")

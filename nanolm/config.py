@@ -221,12 +221,13 @@ def load_config(cls: type, arguments: Iterable[str], *, positional: str | None =
 
 def help_text(cls: type) -> str:
     """One line per key of the dataclass: the comment beside it, and its default."""
-    entries = {}
+    entries, defaults = {}, {field.name: field.default for field in fields(cls)}
     for owner in [base for base in reversed(cls.__mro__) if "__dataclass_fields__" in vars(base)]:
         for line in inspect.getsource(owner).splitlines():
-            if match := re.fullmatch(r"    (\w+): [^=]+?(?: = (.+?))?  # (.+)", line):
-                key, default, comment = match.groups()
-                entries[key] = comment + (f" [{default}]" if default else "")
+            if match := re.fullmatch(r"    (\w+): [^=]+?(?: = .+?)?  # (.+)", line):
+                key, comment = match.groups()
+                default = defaults[key]
+                entries[key] = comment + ("" if default is MISSING else f" [{default!r}]")
     return "\n".join(f"  --{key}".ljust(32) + entry for key, entry in entries.items())
 
 

@@ -1,64 +1,114 @@
 """Where text comes from: a corpus is a sequence of documents that can be read more than once.
 
-The text may be the user's own files and folders, or a dataset that nanolm knows by name: Python's
-own documentation, which is on every machine that runs this, or tiny Shakespeare, which is
-downloaded once.
+It is read from files, folders, lines of JSON, standard input, or a dataset of the Hugging Face
+hub.
+
+A document may be larger than the memory, so it comes in parts. They are cut where a word ends and
+white space follows: no token of GPT-2's pattern, or of the usual others, reaches over such a
+place, and so the parts encode to what the whole would.
 """
 
-import ast
-import hashlib
-import http.client
-import inspect
-import platform
-import sysconfig
-import urllib.error
-import urllib.request
+import codecs
+import json
+import math
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from nanolm.files import made_folder, sha256, whole_file
+JSON_LINES = ".jsonl"
+TEXT_SUFFIXES = (".txt", ".md", ".rst", JSON_LINES)
+STDIN, HUB = "-", "hf:"  # instead of a path
+BLOCK = 2**20  # bytes that are read at once
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
+
+class Part(NamedTuple):
+    """Some text, and whether its document ends with it."""
+
+    text: str
+    last: bool
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents from somewhere. Each call of documents() reads them anew, in the same order."""
+    """Documents from somewhere. Each call of parts() reads them anew, in the same order."""
 
     source: str  # where they come from, in words
-    documents: Callable[[], Iterable[str]]
+    parts: Callable[[], Iterable[Part]]
+    size: int | None = None  # about how many bytes they are, where that is known
+
+    def read(self, label: str, *, limit: float = math.inf) -> Iterator[Part]:
+        """The parts, up to limit bytes of text. On a terminal, long work shows a bar."""
+        total, seen = (None if self.size is None else min(self.size, limit)), 0
+        with tqdm(
+            total=total, desc=label, unit="B", unit_scale=True, delay=1, disable=None
+        ) as bar:
+            for text, last in self.parts():
+                data = text.encode()
+                if seen + len(data) > limit:
+                    yield Part(data[: limit - seen].decode(errors="ignore"), True)
+                    return
+                yield Part(text, last)
+                seen += len(data)
+                bar.update(len(data))
+
+    def texts(self, label: str, *, limit: float = math.inf) -> Iterator[str]:
+        """The same, without where documents end."""
+        return (part.text for part in self.read(label, limit=limit))
 
 
-def text_files(paths: Iterable[str | Path]) -> Corpus:
-    """A corpus of UTF-8 files, one document each, in the order given.
+def documents(texts: Iterable[str]) -> Iterator[Part]:
+    """Whole documents; empty ones are none."""
+    return (Part(text, True) for text in texts if text)
 
-    A folder stands for the files in and below it whose names end in one of TEXT_SUFFIXES, sorted;
-    hidden ones are left out. Raises FileNotFoundError for a path that is not there, ValueError for
-    a folder without text and, on reading, for a file that is not UTF-8.
+
+def find_corpus(inputs: Iterable[str]) -> Corpus:
+    """The documents of all inputs, in the order given.
+
+    An input is a UTF-8 file, one document; a file of JSON lines (named .jsonl), each an object
+    whose key "text" holds a document; a folder, for the files in and below it that end in one of
+    TEXT_SUFFIXES, sorted, without hidden ones; "-" for standard input, one document; or
+    "hf:NAME[:CONFIG[:SPLIT]]" for a dataset of the Hugging Face hub, or in a folder of its format.
+    Raises FileNotFoundError or ValueError for what is not there and, on reading, for what is no
+    text.
     """
-    files = [file for path in paths for file in find_text_files(Path(path))]
+    corpora = [find_input(name) for name in inputs]
+    sizes = [corpus.size for corpus in corpora]
+    return Corpus(
+        ", ".join(corpus.source for corpus in corpora),
+        lambda: chain.from_iterable(corpus.parts() for corpus in corpora),
+        None if None in sizes else sum(sizes),
+    )
 
-    def documents() -> Iterator[str]:
-        # The bar counts bytes and shows itself only on a terminal and on work that takes a while.
-        total = sum(file.stat().st_size for file in files)
-        with tqdm(total=total, unit="B", unit_scale=True, delay=1, disable=None) as bar:
-            for file in files:
-                yield read_text(file)
-                bar.update(file.stat().st_size)
 
-    return Corpus(", ".join(str(path) for path in paths), documents)
+def find_input(name: str) -> Corpus:
+    """One input, by the rules of find_corpus."""
+    if name == STDIN:
+        return standard_input()
+    if name.startswith(HUB):
+        return hub_dataset(*name.removeprefix(HUB).split(":", maxsplit=2))
+    files = find_text_files(Path(name))
+    return Corpus(
+        name,
+        lambda: chain.from_iterable(read_parts(file) for file in files),
+        sum(file.stat().st_size for file in files),
+    )
 
 
 def find_text_files(path: Path) -> list[Path]:
-    """The file itself, or the text files of a folder, by the rules of text_files."""
+    """The file itself, or the text files of a folder."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path}: no such file or folder; --input takes text files and folders"
+            f"{path}: no such file or folder; --input takes text files, folders of them, "
+            f"{STDIN} for standard input, and {HUB}NAME"
         )
     files = [
         file
@@ -74,154 +124,106 @@ def find_text_files(path: Path) -> list[Path]:
     return files
 
 
+def read_parts(path: Path) -> Iterator[Part]:
+    """The documents of a file."""
+    with open(path, "rb") as file:
+        if path.suffix.lower() == JSON_LINES:
+            yield from documents(json_lines(file, path))
+        else:
+            yield from cut_document(decode_blocks(file, path))
+
+
 def read_text(path: Path) -> str:
     """A whole file as text, line ends as they are. Raises ValueError where it is not UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x}); "
-            "convert the file to UTF-8, or leave it out"
-        ) from None
+    with open(path, "rb") as file:
+        return "".join(decode_blocks(file, path))
 
 
-# ------------------------------------------------------------------------------------------
-# The known datasets
+def decode_blocks(file: IO[bytes], name: object) -> Iterator[str]:
+    """The text of a file, block by block. Raises ValueError where it is not UTF-8."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        block = file.read(BLOCK)
+        waiting = len(decoder.getstate()[0])  # the bytes of a character that is not complete
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}: not UTF-8 at byte {start - waiting + error.start} "
+                f"(0x{error.object[error.start]:02x}); convert the file to UTF-8, or leave it out"
+            ) from None
+        if not block:
+            return
+        start += len(block)
 
 
-def pydocs(folder: Path) -> Corpus:
-    """English prose that comes with Python: its reference, and the library's docstrings."""
-    documents = pydocs_documents()  # it takes seconds, and little memory
-    return Corpus(f"the documentation in Python {platform.python_version()}", lambda: documents)
+def cut_document(blocks: Iterable[str]) -> Iterator[Part]:
+    """A document in parts of about a block, each cut where a word ends."""
+    text, begun = "", False
+    for block in blocks:
+        text += block
+        if len(text) >= BLOCK:
+            cut = end_of_a_word(text)
+            yield Part(text[:cut], False)
+            text, begun = text[cut:], True
+    if text or begun:
+        yield Part(text, True)
 
 
-def pydocs_documents() -> list[str]:
-    """One document for each topic of the reference and each module, in an order that mixes them.
-
-    The order is that of their hashes: the same on every machine, and the end, which becomes the
-    validation set, is about as easy as the rest. Text outside ASCII is left out, for a small
-    alphabet.
-    """
-    documents = {*reference_topics(), *standard_library_docstrings()}
-    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
+def end_of_a_word(text: str) -> int:
+    """Where the last word ends that white space follows; the end of the text, where none does."""
+    for i in range(len(text) - 1, 0, -1):
+        if text[i].isspace() and text[i - 1].isalnum():
+            return i
+    return len(text)
 
 
-def reference_topics() -> Iterator[str]:
-    """The topics that help() knows."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
-        topics = {}
-    for name in sorted(topics):
-        if topics[name].isascii():
-            yield topics[name].strip() + "\n\n\n"
-
-
-def standard_library_docstrings() -> Iterator[str]:
-    """For each module of the standard library its docstrings, from top to bottom, each once.
-
-    The files are parsed, not imported.
-    """
-    library = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-    }
-    seen = set()
-    for path in sorted(library.rglob("*.py")):
-        if skipped.intersection(path.relative_to(library).parts):
+def json_lines(file: Iterable[bytes], name: object) -> Iterator[str]:
+    """The key "text" of each line's JSON object. Raises ValueError where a line has none."""
+    for number, line in enumerate(file, start=1):
+        if line.isspace():
             continue
         try:
-            tree = ast.parse(path.read_bytes())
-        except SyntaxError:
-            continue  # a template, or a file made to be wrong
-        texts = [text for text in docstrings(tree) if text.isascii() and text not in seen]
-        seen.update(texts)
-        if texts:
-            yield "\n\n".join(texts) + "\n\n\n"
+            text = json.loads(line)["text"]
+            text.encode()  # JSON can spell half a surrogate pair, which is no character
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise ValueError(
+                f'{name}, line {number}: each line must be a JSON object whose key "text" holds '
+                "a string"
+            ) from None
+        yield text
 
 
-def docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module and of all that it defines, from top to bottom, unindented."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
-        if text:
-            yield text
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):
-            yield from docstrings(child)
+def standard_input() -> Corpus:
+    """What comes from standard input, kept in a temporary file, for it is read twice."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: let a file or a program be its source")
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - the system removes it with the process
+    shutil.copyfileobj(sys.stdin.buffer, copy)
+
+    def parts() -> Iterator[Part]:
+        copy.seek(0)
+        yield from cut_document(decode_blocks(copy, "standard input"))
+
+    return Corpus("standard input", parts, copy.tell())
 
 
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-SHAKESPEARE_BYTES = 1_115_394
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-def tiny_shakespeare(folder: Path, *, url: str = SHAKESPEARE_URL, timeout: float = 30.0) -> Corpus:
-    """About 40,000 lines of Shakespeare's plays, the text of Karpathy's char-rnn (2015).
-
-    Read from input.txt in the folder; downloaded to it where that is missing.
-    """
-    path = folder / "input.txt"
-    if not path.exists():
-        download(
-            url, path, size=SHAKESPEARE_BYTES, sha256_wanted=SHAKESPEARE_SHA256, timeout=timeout
-        )
-    elif sha256(path) != SHAKESPEARE_SHA256:
-        raise ValueError(
-            f"{path} is not tiny Shakespeare (its sha256 differs): delete it, to download the "
-            f"text, or use it under another name: python prepare.py NAME --input {path}"
-        )
-    return Corpus(f"tiny Shakespeare ({SHAKESPEARE_URL})", lambda: [read_text(path)])
-
-
-def download(url: str, path: Path, *, size: int, sha256_wanted: str, timeout: float) -> None:
-    """Fetch a file of known size and hash; it appears at path whole and right, or not at all.
-
-    timeout: seconds without a byte before giving up. Raises ValueError saying what went wrong.
-    """
-    digest, received = hashlib.sha256(), 0
+def hub_dataset(name: str, config: str = "", split: str = "train") -> Corpus:
+    """The key "text" of a dataset on the Hugging Face hub, or in a folder of its format."""
+    if not name:
+        raise ValueError(f"{HUB} needs the name of a dataset: {HUB}owner/name")
     try:
-        with (
-            urllib.request.urlopen(url, timeout=timeout) as response,
-            tqdm(total=size, unit="B", unit_scale=True, delay=1, disable=None) as bar,
-            made_folder(path.parent),
-            whole_file(path) as file,
-        ):
-            while received <= size and (chunk := response.read(2**16)):  # never far past the end
-                file.write(chunk)
-                digest.update(chunk)
-                received += len(chunk)
-                bar.update(len(chunk))
-            if received != size:
-                got = "more" if received > size else str(received)
-                raise ValueError(f"got {got} of {size} bytes")
-            if digest.hexdigest() != sha256_wanted:
-                raise ValueError(f"its sha256 is {digest.hexdigest()}, expected {sha256_wanted}")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is the server's answer, too
-        raise ValueError(
-            f"could not download {url} ({error}); try again, or put the file at {path} yourself"
-        ) from None
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{HUB}{name} needs the package datasets: pip install datasets") from None
 
+    def texts() -> Iterator[str]:
+        try:
+            for row in load_dataset(name, config or None, split=split, streaming=True):
+                if not isinstance(row.get("text"), str):
+                    raise ValueError(f'a row has no text under "text", but {list(row)}')
+                yield row["text"]
+        except Exception as error:  # of many kinds, from the hub, from files, from us
+            raise ValueError(f"{HUB}{name}: {str(error) or type(error).__name__}") from None
 
-@dataclass(frozen=True)
-class KnownDataset:
-    """A corpus that nanolm can find by itself, and the tokenizer that goes with it."""
-
-    corpus: Callable[[Path], Corpus]  # given the dataset's folder
-    tokenizer: str
-
-
-KNOWN_DATASETS = {
-    "pydocs": KnownDataset(pydocs, "char"),
-    "shakespeare_char": KnownDataset(tiny_shakespeare, "char"),
-}
+    return Corpus(f"{HUB}{name}", lambda: documents(texts()))

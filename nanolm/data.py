@@ -1,37 +1,40 @@
-"""Token files on disk, and batches as a pure function of the step.
+"""A dataset on disk: token ids, and what they mean.
 
 A dataset is a folder: train.bin and val.bin hold token ids one after another, little-endian and
 unsigned, in the narrowest type that holds the vocabulary; nanolm_tokenizer.json says what they
 mean; meta.json counts and fingerprints them, and is the folder's seal: without it there is no
 dataset.
 
-Batches need no loader and no state. An epoch cuts the training tokens into windows of block_size
-that do not overlap, from an offset drawn anew for each epoch (windows at fixed places would always
-show the model the same beginnings), and shuffles them; both draws depend on (seed, epoch) alone.
-Micro-batch i of a run is then the i-th group of batch_size windows in this endless sequence,
-whoever asks, whenever.
+Text streams through in batches, which several processes encode, so that its size does not matter.
 """
 
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from nanolm.corpus import KNOWN_DATASETS, Corpus, text_files
+from nanolm.corpus import Corpus, Part, find_corpus
 from nanolm.files import sha256, whole_folder, write_text
-from nanolm.tokenizer import CharTokenizer, load_tokenizer
+from nanolm.known import KNOWN_DATASETS
+from nanolm.tokenizer import (
+    TOKENIZER_FILE,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from nanolm.workers import batches, in_order
 
 FORMAT = 1  # of meta.json
-SEAL, TOKENIZER_FILE = "meta.json", "nanolm_tokenizer.json"
+SEAL = "meta.json"
 SPLITS = ("train", "val")
 DATA_DIR = Path("data")
-NO_TARGET = -1  # a target where there is no loss
-
-TOKENIZERS = {CharTokenizer.kind: CharTokenizer.train}
+TOKENIZER_BYTES = 200_000_000  # of text, at most, to learn merges from
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Dataset:
     folder: Path
     train: np.ndarray
     val: np.ndarray
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     meta: dict
 
     @property
@@ -59,12 +62,14 @@ def prepare(
     *,
     inputs: tuple[str, ...] = (),
     tokenizer: str | None = None,
+    tokenizer_bytes: int = TOKENIZER_BYTES,
     val_fraction: float = 0.1,
+    processes: int = 1,
 ) -> Path:
-    """Make the dataset data/<name> from the input files, or a known one from its own source.
+    """Make the dataset data/<name> from the inputs (see find_corpus), or a known one from its own.
 
-    Returns its folder. Raises ValueError or FileNotFoundError, and leaves what was there, on bad
-    input.
+    tokenizer: see make_tokenizer. Returns the folder. Raises ValueError or FileNotFoundError, and
+    leaves what was there, on bad input.
     """
     folder = dataset_folder(name)
     known = KNOWN_DATASETS.get(name)
@@ -79,11 +84,18 @@ def prepare(
         )
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
-    kind = tokenizer or (known.tokenizer if known else CharTokenizer.kind)
-    if kind not in TOKENIZERS:
-        raise ValueError(f"tokenizer={kind!r}: choose one of {', '.join(TOKENIZERS)}")
-    corpus = known.corpus(folder) if known else text_files(inputs)
-    write_dataset(folder, corpus, TOKENIZERS[kind](corpus.documents()), val_fraction=val_fraction)
+    for key, value in (("tokenizer_bytes", tokenizer_bytes), ("processes", processes)):
+        if value < 1:
+            raise ValueError(f"{key}={value}: must be at least 1")
+    spec = tokenizer or (known.tokenizer if known else CharTokenizer.name)
+    check_spec(spec)
+    corpus = known.corpus(folder) if known else find_corpus(inputs)
+    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes, processes=processes)
+    if known and made.name != known.tokenizer:
+        raise ValueError(
+            f"tokenizer={spec!r}: {name} goes with {known.tokenizer}; leave the key out"
+        )
+    write_dataset(folder, corpus, made, val_fraction=val_fraction, processes=processes)
     return folder
 
 
@@ -97,41 +109,113 @@ def dataset_folder(name: str) -> Path:
     return DATA_DIR / name
 
 
+def check_spec(spec: str) -> None:
+    """Raise ValueError where make_tokenizer knows no such tokenizer."""
+    if spec in ("char", "gpt2") or re.fullmatch(r"bpe:\d+", spec) or Path(spec).exists():
+        return
+    raise ValueError(
+        f"tokenizer={spec!r}: choose char, bpe:N (with N tokens, say bpe:4096), gpt2, or the path "
+        "of a tokenizer that exists"
+    )
+
+
+def make_tokenizer(
+    spec: str, corpus: Corpus, *, tokenizer_bytes: int = TOKENIZER_BYTES, processes: int = 1
+) -> Tokenizer:
+    """The tokenizer that spec asks for.
+
+    "char": the characters of the corpus. "bpe:N": N tokens, learned from the first tokenizer_bytes
+    of it. "gpt2": GPT-2's. Otherwise the path of one, or of a dataset or a run that has one.
+    """
+    if spec == "gpt2":
+        return BPETokenizer.gpt2()
+    if spec == "char":
+        return CharTokenizer.train(corpus.texts("characters"))
+    if spec.startswith("bpe:"):
+        texts = corpus.texts("pieces", limit=tokenizer_bytes)
+        return BPETokenizer.train(texts, int(spec.removeprefix("bpe:")), processes=processes)
+    return load_tokenizer(spec)
+
+
 def write_dataset(
-    folder: Path, corpus: Corpus, tokenizer: CharTokenizer, *, val_fraction: float
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, *, val_fraction: float, processes: int = 1
 ) -> None:
     """Encode a corpus into a dataset folder, whole or not at all.
 
-    The validation split is the last val_fraction of the tokens. Raises ValueError for a text so
-    short that a split would have no token to predict.
+    Each document is followed by the tokenizer's end_of_text, where it has one. The validation
+    split is the last val_fraction of the tokens. Raises ValueError for a text so short that a
+    split would have no token to predict.
     """
     dtype = narrowest_dtype(tokenizer.vocab_size)
-    parts = [np.array(tokenizer.encode(text), dtype) for text in corpus.documents() if text]
-    tokens = np.concatenate([np.empty(0, dtype), *parts])
-    cut = int(len(tokens) * (1 - val_fraction))
-    if cut < 2 or len(tokens) - cut < 2:
-        raise ValueError(
-            f"{'text too short' if parts else 'empty text'} in {corpus.source}: {cut} tokens to "
-            f"train on, {len(tokens) - cut} to validate; each split needs 2, so give more --input"
-        )
+    meta = {
+        "format": FORMAT,
+        "source": corpus.source,
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.str,
+    }
     with whole_folder(folder, seal=SEAL) as scratch:
-        meta = {
-            "format": FORMAT,
-            "source": corpus.source,
-            "tokenizer": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": dtype.str,
-        }
-        token_bytes = np.array(
-            [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]
-        )
-        for split, part in zip(SPLITS, (tokens[:cut], tokens[cut:]), strict=True):
-            path = scratch / f"{split}.bin"
-            part.tofile(path)
-            size = int(token_bytes[part].sum())
-            meta[split] = {"tokens": len(part), "bytes": size, "sha256": sha256(path)}
+        train, val = (scratch / f"{split}.bin" for split in SPLITS)
+        n = encode_corpus(corpus, tokenizer, train, dtype, processes=processes)
+        cut = int(n * (1 - val_fraction))
+        if cut < 2 or n - cut < 2:
+            raise ValueError(
+                f"{'text too short' if n else 'empty text'} in {corpus.source}: {cut} tokens to "
+                f"train on, {n - cut} to validate; each split needs 2, so give more --input"
+            )
+        move_tail(train, val, cut * dtype.itemsize)
+        token_bytes = bytes_per_id(tokenizer)
+        for split, path, length in (("train", train, cut), ("val", val, n - cut)):
+            size = sum(int(token_bytes[ids].sum()) for ids in read_ids(path, dtype))
+            meta[split] = {"tokens": length, "bytes": size, "sha256": sha256(path)}
         tokenizer.save(scratch / TOKENIZER_FILE)
         write_text(scratch / SEAL, json.dumps(meta, indent=2) + "\n")
+
+
+def encode_corpus(
+    corpus: Corpus, tokenizer: Tokenizer, path: Path, dtype: np.dtype, *, processes: int
+) -> int:
+    """Write the ids of all documents into one file; returns how many."""
+    encode = partial(encode_parts, tokenizer=tokenizer, dtype=dtype)
+    work = batches(corpus.read("encoding"), size=lambda part: len(part.text))
+    n = 0
+    with open(path, "wb") as file:
+        for ids in in_order(encode, work, processes=processes):
+            ids.tofile(file)
+            n += len(ids)
+    return n
+
+
+def encode_parts(parts: Iterable[Part], *, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
+    """The ids of consecutive parts, and end_of_text after each document."""
+    ids = []
+    for text, last in parts:
+        ids += tokenizer.encode(text)
+        if last and tokenizer.end_of_text is not None:
+            ids.append(tokenizer.end_of_text)
+    return np.array(ids, dtype)
+
+
+def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of text stand behind each id; none behind a special token."""
+    sizes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
+    sizes[list(tokenizer.special_tokens.values())] = 0
+    return sizes
+
+
+def read_ids(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The ids of a file, a million at a time."""
+    with open(path, "rb") as file:
+        while len(ids := np.fromfile(file, dtype, 10**6)):
+            yield ids
+
+
+def move_tail(source: Path, target: Path, start: int) -> None:
+    """Move the bytes from start on into a new file."""
+    with open(source, "r+b") as file, open(target, "wb") as tail:
+        file.seek(start)
+        shutil.copyfileobj(file, tail)
+        file.truncate(start)
 
 
 def narrowest_dtype(vocab_size: int) -> np.dtype:
@@ -215,78 +299,3 @@ def check_dataset(name: str) -> dict:
                 f"prepare it again: {prepare_command(name)}"
             )
     return dataset.meta
-
-
-# ------------------------------------------------------------------------------------------
-# Batches
-
-
-def windows_per_epoch(n_tokens: int, block_size: int) -> int:
-    """How many windows of block_size inputs, each with its targets, an epoch cuts out of n_tokens.
-
-    One fewer than fit, which leaves room to shift them all by up to a window: 11 tokens hold three
-    windows of 3, and an epoch takes two. Raises ValueError where not even one fits.
-    """
-    if n_tokens < block_size + 1:
-        raise ValueError(
-            f"text too short for block_size={block_size}: a window needs {block_size + 1} tokens "
-            f"and there are {n_tokens}; choose a smaller block_size, or prepare more text"
-        )
-    return max(1, (n_tokens - 1) // block_size - 1)
-
-
-@lru_cache(maxsize=2)  # a batch may span two epochs
-def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the windows of an epoch start, in the order in which they are seen."""
-    n = windows_per_epoch(n_tokens, block_size)
-    random = np.random.default_rng((seed, epoch))
-    offset = random.integers(n_tokens - n * block_size)  # so that the last window can end the text
-    return offset + block_size * random.permutation(n)
-
-
-def training_batch(
-    tokens: np.ndarray, index: int, *, batch_size: int, block_size: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Micro-batch number index of a run.
-
-    Ids and their targets, the next ids, (B, T) int64 each.
-    """
-    n = windows_per_epoch(len(tokens), block_size)
-    numbers = range(index * batch_size, (index + 1) * batch_size)
-    starts = [epoch_starts(len(tokens), block_size, seed, i // n)[i % n] for i in numbers]
-    windows = tokens[np.add.outer(starts, np.arange(block_size + 1))].astype(
-        np.int64
-    )  # (B, T + 1)
-    return windows[:, :-1], windows[:, 1:]
-
-
-def evaluation_batches(
-    tokens: np.ndarray, *, batch_size: int, block_size: int, n_batches: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Fixed windows that never overlap: all, or n_batches batches spread evenly over the split.
-
-    Yields ids and targets, (B, T) int64 each. The whole split predicts each token but the first
-    exactly once: what is missing in the last window and in the last batch is filled up with
-    NO_TARGET.
-    """
-    starts = np.arange(0, len(tokens) - 1, block_size)
-    if 0 < n_batches * batch_size < len(starts):
-        chosen = np.arange(n_batches * batch_size) * len(starts) // (n_batches * batch_size)
-        starts = starts[chosen]
-    for first in range(0, len(starts), batch_size):
-        ids = np.zeros((batch_size, block_size), np.int64)
-        targets = np.full((batch_size, block_size), NO_TARGET, np.int64)
-        for row, start in enumerate(starts[first : first + batch_size]):
-            window = tokens[start : start + block_size + 1]
-            ids[row, : len(window) - 1] = window[:-1]
-            targets[row, : len(window) - 1] = window[1:]
-        yield ids, targets
-
-
-def check_ids(ids: np.ndarray, vocab_size: int) -> None:
-    """Raise ValueError where an id has no embedding, before a GPU fails without a word."""
-    if ids.size and ids.max() >= vocab_size:
-        raise ValueError(
-            f"token id {ids.max()} is outside the vocabulary of {vocab_size}: the dataset is "
-            "damaged; prepare it again with prepare.py"
-        )

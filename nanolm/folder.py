@@ -12,11 +12,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from nanolm import checkpoint
-from nanolm.data import SEAL, TOKENIZER_FILE, Dataset
+from nanolm.data import SEAL, Dataset
 from nanolm.files import lock, made_folder, write_text
 from nanolm.model import GPT, ModelConfig
 from nanolm.settings import MODEL_KEYS, SHAPE_KEYS, TrainConfig
-from nanolm.tokenizer import CharTokenizer, load_tokenizer
+from nanolm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 RUNS = Path("out")
 RUN_FILE, METRICS_FILE, PICTURE = "run.json", "metrics.jsonl", "loss.png"
@@ -108,7 +108,7 @@ def check_tokenizer(folder: Path, dataset: Dataset) -> None:
         )
 
 
-def load_trained(folder: str | Path) -> tuple[GPT, CharTokenizer, int]:
+def load_trained(folder: str | Path) -> tuple[GPT, Tokenizer, int]:
     """The best model of a run, its tokenizer, and how many updates it has had.
 
     Raises FileNotFoundError where the folder is no run, ValueError where its files are damaged.

@@ -8,20 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
 from nanolm import checkpoint, metrics
-from nanolm.data import (
-    TOKENIZER_FILE,
-    Dataset,
-    check_ids,
-    evaluation_batches,
-    open_dataset,
-    training_batch,
-    windows_per_epoch,
-)
+from nanolm.batches import check_ids, evaluation_batches, training_batch, windows_per_epoch
+from nanolm.data import Dataset, open_dataset
 from nanolm.evaluation import bits_per_byte, evaluate, perplexity
 from nanolm.files import write_text
 from nanolm.folder import (
@@ -38,6 +32,7 @@ from nanolm.optim import OPTIMIZERS, parameter_groups
 from nanolm.parallel import Engine, choose_engine, find_hardware
 from nanolm.sampling import generate
 from nanolm.settings import TrainConfig
+from nanolm.tokenizer import TOKENIZER_FILE
 from nanolm.training import Batch, TrainState, train
 
 # What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
@@ -236,10 +231,12 @@ class Run:
         if self.state.step == 0:
             return
         best, seconds = self.state.best_val_loss, time.perf_counter() - started
+        bits = bits_per_byte(best, self.dataset.bytes_per_token)
+        print(f"done      in {metrics.duration(seconds)}")
         print(
-            f"done      in {metrics.duration(seconds)}: best validation loss {best:.4f}, ", end=""
+            f"best      validation loss {best:.4f}, perplexity {perplexity(best):.2f}, "
+            f"{bits:.4f} bits per byte"
         )
-        print(f"perplexity {perplexity(best):.2f}")
         print(f"          sample from it with: python sample.py --out_dir={self.folder}")
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
@@ -310,10 +307,11 @@ class Run:
         return f"step {self.state.step:6d} | {numbers}"
 
     def sample(self) -> str:
-        """What the model writes now."""
+        """How the model begins a document now; with characters, a line."""
         tokenizer, device = self.dataset.tokenizer, self.engine.device
+        end = tokenizer.end_of_text
         try:
-            start = tokenizer.encode("\n")
+            start = tokenizer.encode("\n") if end is None else [end]
         except ValueError:  # an alphabet without line ends
             start = [0]
         self.state.model.eval()
@@ -324,6 +322,6 @@ class Run:
             temperature=0.8,
             generator=torch.Generator(device).manual_seed(self.config.seed),
         )
-        text = tokenizer.decode([int(token) for token in stream])
+        text = tokenizer.decode(takewhile(lambda token: token != end, map(int, stream)))
         self.state.model.train()
         return text.strip("\n")

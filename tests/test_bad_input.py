@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -109,11 +110,16 @@ def prepare_text(*words: str) -> tuple[str, ...]:
     return ("prepare", "new", "--input", "new.txt", *words)
 
 
+def tokenizer(spec: str) -> tuple[str, ...]:
+    return prepare_text(f"--tokenizer={spec}")
+
+
 AGAIN = "prepare it again"
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 no_wandb = pytest.mark.skipif(
     importlib.util.find_spec("wandb") is not None, reason="wandb is installed"
 )
+some_text = write("new.txt", "abc" * 9)
 
 ROWS = [
     # keys and values
@@ -161,7 +167,19 @@ ROWS = [
     row("empty text", write("new.txt"), prepare_text(), "empty text"),
     row("short text", write("new.txt", "abc"), prepare_text(), "too short", "each split needs 2"),
     row("not UTF-8", write("new.txt", b"ab\xff"), prepare_text(), "new.txt", "byte 2", "convert"),
-    row("tokenizer", write("new.txt", "abc" * 9), prepare_text("--tokenizer=magic"), "'magic'"),
+    row("bad line", write("new.txt/a.jsonl", "{}"), prepare_text(), "a.jsonl, line 1", '"text"'),
+    row("no stdin", nothing, ("prepare", "new", "--input", "-"), "empty text in standard input"),
+    row("no hub", nothing, ("prepare", "new", "--input", "hf:no/such/folder"), "no/such/folder"),
+    row("tokenizer", some_text, tokenizer("magic"), "'magic'", "char, bpe:N"),
+    row("bpe no number", some_text, tokenizer("bpe:abc"), "'bpe:abc'", "char, bpe:N"),
+    row("bpe below 0", some_text, tokenizer("bpe:-5"), "'bpe:-5'", "char, bpe:N"),
+    row("bpe 0", some_text, tokenizer("bpe:0"), "vocab_size=0", "at least 257"),
+    row("bpe too small", some_text, tokenizer("bpe:256"), "vocab_size=256", "at least 257"),
+    row("no tokenizer", some_text, tokenizer("new.txt"), "new.txt", "no tokenizer", "another"),
+    row("no tokenizer in", some_text, tokenizer("data"), "data/nanolm_tokenizer.json", "another"),
+    row("foreign", write("new.txt", "\u20ac" * 9), tokenizer("data/tiny"), "'\u20ac'", "use only"),
+    row("learn 0", some_text, prepare_text("--tokenizer_bytes=0"), "tokenizer_bytes=0", "least 1"),
+    row("processes", some_text, prepare_text("--processes=0"), "processes=0", "at least 1"),
     row("fraction 0", write("new.txt", "a" * 99), prepare_text("--val_fraction=0"), "above 0"),
     row("fraction 1", write("new.txt", "a" * 99), prepare_text("--val_fraction=1"), "below 1"),
     row("worse text", write("new.txt"), ("prepare", "tiny", "--input", "new.txt"), "empty text"),
@@ -241,6 +259,8 @@ def test_bad_input_is_answered_in_one_line_and_changes_nothing(
 ):
     for key, value in row.environment:
         monkeypatch.setenv(key, value)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr("tempfile.TemporaryFile", io.BytesIO)  # which nobody needs to close
     row.setup()
     before = tree()
     code, out, err = run_main(*row.command)

@@ -1,46 +1,64 @@
-"""Laws of the corpora: order and bytes are kept; a download is whole and right, or not there."""
+"""Laws of the corpora: order and bytes are kept, however large a document is and wherever from."""
 
-import ast
-import hashlib
-import socket
-import textwrap
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import io
+import json
+import sys
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
-from urllib.error import HTTPError
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanolm import corpus
-from nanolm.corpus import (
-    SHAKESPEARE_URL,
-    docstrings,
-    download,
-    pydocs_documents,
-    text_files,
-    tiny_shakespeare,
-)
-from nanolm.data import open_dataset, prepare
+from nanolm.bpe import GPT2_SPLIT
+from nanolm.corpus import Corpus, Part, documents, find_corpus
+from nanolm.tokenizer import BPETokenizer
 
 
-def read(*paths) -> list[str]:
-    return list(text_files(paths).documents())
+def joined(parts: Iterable[Part]) -> list[str]:
+    """The documents, their parts put together."""
+    documents = [""]
+    for text, last in parts:
+        documents[-1] += text
+        if last:
+            documents.append("")
+    *documents, rest = documents
+    assert rest == ""  # each document has ended
+    return documents
 
 
-def everything(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def read(*inputs: str) -> list[str]:
+    return joined(find_corpus(inputs).parts())
+
+
+def read_by_blocks(path: str, block: int) -> list[Part]:
+    """The parts of a file that is read so many bytes at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "BLOCK", block)
+        return list(find_corpus([path]).parts())
+
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(texts=st.lists(any_text), limit=st.integers(0, 50))
+def test_a_limit_leaves_the_first_bytes_as_far_as_they_are_whole_characters(texts, limit):
+    found, data = Corpus("a test", lambda: documents(texts)), "".join(texts).encode()
+    assert "".join(found.texts("", limit=limit)) == data[:limit].decode(errors="ignore")
+    assert list(found.read("")) == list(found.parts())
 
 
 # ------------------------------------------------------------------------------------------
-# Files
+# Files and folders
 
 
 def test_files_are_read_in_the_order_given(workplace):
     for name in "abc":
         Path(name).write_text(f"text {name}")
     assert read("c", "a", "b", "a") == ["text c", "text a", "text b", "text a"]
-    assert text_files(["c", "a"]).source == "c, a"
+    assert find_corpus(["c", "a"]).source == "c, a"
 
 
 def test_a_folder_stands_for_its_text_files_sorted(workplace):
@@ -50,15 +68,26 @@ def test_a_folder_stands_for_its_text_files_sorted(workplace):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(name)
     Path("f/folder.txt").mkdir()
-    assert read("f") == ["f/Z.txt", "f/a.md", "f/b.txt", "f/c/a.RST", "f/c/d/x.y.txt"]
+    Path("f/m.JSONL").write_text('{"text": "f/m.JSONL"}')
+    in_order = ["f/Z.txt", "f/a.md", "f/b.txt", "f/c/a.RST", "f/c/d/x.y.txt", "f/m.JSONL"]
+    assert read("f") == in_order
     assert read("f/a.py", "f/c") == ["f/a.py", "f/c/a.RST", "f/c/d/x.y.txt"]
     assert read("f/.git") == ["f/.git/a.txt"]  # asked for by name
 
 
-def test_a_corpus_can_be_read_again(workplace):
-    Path("a.txt").write_text("one")
-    found = text_files(["a.txt"])
-    assert list(found.documents()) == list(found.documents()) == ["one"]
+def test_a_corpus_can_be_read_again_and_knows_its_size(workplace):
+    Path("a.txt").write_text("caf\u00e9", encoding="utf-8")
+    Path("b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    found = find_corpus(["a.txt", "b.jsonl"])
+    assert joined(found.parts()) == joined(found.parts()) == ["caf\u00e9", "one", "two"]
+    assert found.size == Path("a.txt").stat().st_size + Path("b.jsonl").stat().st_size
+
+
+def test_an_empty_file_is_no_document(workplace):
+    for name in ("a.txt", "b.jsonl"):
+        Path(name).touch()
+    Path("c.jsonl").write_text('{"text": ""}\n')
+    assert read("a.txt", "b.jsonl", "c.jsonl") == []
 
 
 def test_line_ends_and_marks_are_kept(workplace):
@@ -68,346 +97,225 @@ def test_line_ends_and_marks_are_kept(workplace):
     assert read("a.txt")[0].count("\r") == 2
 
 
-def test_a_file_that_is_no_utf8_is_named_with_the_byte(workplace):
-    Path("good.txt").write_text("good")
-    Path("bad.txt").write_bytes(b"caf\xc3\xa9 caf\xe9 x")
-    with pytest.raises(ValueError, match=r"bad\.txt: not UTF-8 at byte 9 \(0xe9\).*convert"):
-        read("good.txt", "bad.txt")
-
-
 def test_a_path_that_is_not_there_is_named_at_once(workplace):
     Path("a.txt").write_text("a")
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such file or folder"):
-        text_files(["a.txt", "nowhere"])
+        find_corpus(["a.txt", "nowhere"])
 
 
 def test_a_folder_without_text_is_named_at_once(workplace):
     Path("f").mkdir()
     Path("f/.a.txt").touch()
     Path("f/a.pdf").touch()
-    with pytest.raises(ValueError, match=r"f: no \.txt, \.md, \.rst file in this folder"):
-        text_files(["f"])
+    with pytest.raises(ValueError, match=r"f: no \.txt, \.md, \.rst, \.jsonl file in this folder"):
+        find_corpus(["f"])
 
 
 # ------------------------------------------------------------------------------------------
-# Python's own documentation
-
-SOURCE = '''
-    """The module."""
-
-    def first():
-        """The first.
-
-            Indented more.
-        Not indented.
-        """
-        def inner():
-            "Inner."
-
-    x = 3
-    """No docstring."""
-
-    if x:
-        class Second:
-            """The second."""
-
-            async def method(self):
-                r"""A method."""
-    try:
-        def third():
-            """   """
-    finally:
-        def fourth():
-            """The fourth."""
-    for i in ():
-        def fifth():
-            f"""No docstring {i}."""
-'''
+# Documents in parts
 
 
-def test_docstrings_come_from_top_to_bottom_unindented():
-    assert list(docstrings(ast.parse(textwrap.dedent(SOURCE)))) == [
-        "The module.",
-        "The first.\n\n    Indented more.\nNot indented.",
-        "Inner.",
-        "The second.",
-        "A method.",
-        "The fourth.",
-    ]
+def ends_a_word(left: str, right: str) -> bool:
+    """Whether a cut between the two is one between a word and white space."""
+    return left[-1:].isalnum() and right[:1].isspace()
 
 
-def test_docstrings_in_handlers_and_cases_count_too():
-    source = """
-        try:
-            import fast
-        except ImportError:
-            def slow():
-                "Slow."
-        match x:
-            case 1:
-                def one():
-                    "One."
-    """
-    assert list(docstrings(ast.parse(textwrap.dedent(source)))) == ["Slow.", "One."]
+scraps = "ab1.' \n\u00e9\u20ac\u3000\U0001f600"
 
 
-def test_documents_are_mixed_the_same_way_whatever_the_order_they_are_found_in(monkeypatch):
-    topics, library = [f"topic {i}" for i in range(20)], [f"module {i}" for i in range(20)]
-    orders = []
-    for step in (1, -1):
-        monkeypatch.setattr(corpus, "reference_topics", lambda step=step: topics[::step])
-        monkeypatch.setattr(
-            corpus, "standard_library_docstrings", lambda step=step: library[::step]
-        )
-        orders.append(list(pydocs_documents()))
-    assert orders[0] == orders[1]
-    assert sorted(orders[0]) == sorted(topics + library)
-    kinds = "".join(text[0] for text in orders[0])
-    assert "tm" in kinds  # neither one kind
-    assert "mt" in kinds  # after the other
+@given(text=st.text(scraps) | st.text(scraps, min_size=60), block=st.integers(1, 9))
+def test_a_document_in_parts_is_the_document_cut_where_words_end(text, block, tmp_path):
+    """In a part that was cut elsewhere, no word ends before white space."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    parts = read_by_blocks(str(path), block)
+    assert "".join(part.text for part in parts) == text
+    assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True] * bool(text)
+    assert all(len(part.text) <= 3 * block for part in parts)
+    for part, following in pairwise(parts):
+        if not ends_a_word(part.text, following.text):
+            assert not any(ends_a_word(*pair) for pair in pairwise(part.text))
 
 
-@pytest.fixture
-def small_library(tmp_path, monkeypatch) -> Path:
-    """A standard library of four modules, and no topics."""
-    monkeypatch.setattr(corpus, "reference_topics", lambda: [])
-    monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    for name, text in {
-        "b.py": '"""B."""\ndef f():\n    """Shared."""\n',
-        "a.py": '"""A."""\ndef f():\n    """Shared."""\ndef g():\n    """caf\u00e9"""\n',
-        "empty.py": "x = 1\n",
-        "wrong.py": "def (\n",
-        "test/test_a.py": '"""A test."""\n',
-        "site-packages/p.py": '"""A package."""\n',
-    }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    return tmp_path
+GPT4_SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+WORDS = ["the", "wolves", "it's", "We'LL", "1234567", "caf\u00e9", "\u72fc\u7fa4", "snake_case"]
+BLANKS = [" ", "  ", "\n", "\r\n", "\n\n\t", "\u3000"]
+SIGNS = ["", "(", ".", "'", "--", "\U0001f600"]
+prose = st.lists(st.tuples(*map(st.sampled_from, (WORDS, BLANKS, SIGNS))), min_size=1, max_size=30)
+TOKENIZERS = [
+    BPETokenizer.train([" ".join(WORDS + SIGNS) + "".join(BLANKS)] * 2, 350, pattern=pattern)
+    for pattern in (GPT2_SPLIT, GPT4_SPLIT)
+]
 
 
-def test_each_docstring_of_the_library_is_taken_once(small_library):
-    assert list(corpus.standard_library_docstrings()) == ["A.\n\nShared.\n\n\n", "B.\n\n\n"]
+@given(prose, st.integers(16, 40), st.sampled_from(TOKENIZERS))
+def test_the_parts_of_prose_encode_to_what_the_whole_does(tmp_path, prose, block, tokenizer):
+    text = "".join("".join(words) for words in prose)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    parts = read_by_blocks(str(path), block)
+    assert [i for part in parts for i in tokenizer.encode(part.text)] == tokenizer.encode(text)
 
 
-def test_the_documentation_of_this_python():
-    """The one test that reads the whole library: it takes seconds."""
-    documents = list(pydocs_documents())
-    assert sum(map(len, documents)) > 10**6
-    assert all(text.isascii() and text.strip() for text in documents)
-    assert all(text == text.strip() + "\n\n\n" for text in documents)
-    digests = [hashlib.sha256(text.encode()).digest() for text in documents]
-    assert digests == sorted(digests)
+@given(
+    before=st.text("a\u00e9\u20ac\U0001f600", max_size=9),
+    bad=st.sampled_from([b"\xff", b"\xe9", b"\xe2\x82", b"\xf0\x9f\x98"]),
+    after=st.sampled_from([b"", b"a", b"\xc3\xa9"]),
+    block=st.integers(1, 5),
+)
+def test_the_byte_that_is_no_utf8_is_named_wherever_blocks_begin(
+    before, bad, after, block, workplace
+):
+    """Also where a character is cut off by the end of the file."""
+    Path("bad.txt").write_bytes(before.encode() + bad + after)
+    place = rf"{len(before.encode())} \(0x{bad[0]:02x}\)"
+    with pytest.raises(ValueError, match=rf"^bad\.txt: not UTF-8 at byte {place}; convert"):
+        read_by_blocks("bad.txt", block)
 
 
 # ------------------------------------------------------------------------------------------
-# The download
-
-GOOD = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
+# Lines of JSON
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers /<what goes wrong>."""
-
-    def do_GET(self):
-        self.server.asked += 1
-        getattr(self, self.path.strip("/").replace("-", "_"))()
-
-    def answer(self, body: bytes, length: int | None, code: int = 200):
-        self.send_response(code)
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def good(self):
-        self.answer(GOOD, len(GOOD))
-
-    def good_unannounced(self):
-        self.answer(GOOD, None)
-
-    def wrong(self):
-        self.answer(GOOD[:-1] + b"!", len(GOOD))
-
-    def cut(self):
-        self.answer(GOOD[: len(GOOD) // 2], len(GOOD))
-
-    def cut_unannounced(self):
-        self.answer(GOOD[: len(GOOD) // 2], None)
-
-    def empty(self):
-        self.answer(b"", 0)
-
-    def more(self):
-        self.answer(GOOD + b"!", len(GOOD) + 1)
-
-    def endless(self):
-        self.answer(GOOD, None)
-        try:
-            while not self.server.over.is_set():
-                self.wfile.write(bytes(2**16))
-                self.server.sent += 2**16
-                if self.server.sent > 2**28:
-                    return
-        except OSError:  # the other side has had enough
-            return
-
-    def absent(self):
-        self.answer(b"no such page", 12, code=404)
-
-    def nonsense(self):
-        self.wfile.write(b"this is no HTTP\r\n\r\n")
-
-    def stall(self):
-        self.answer(GOOD[:100], len(GOOD))
-        self.wfile.flush()
-        self.server.over.wait(10)
-
-    def stall_at_once(self):
-        self.server.over.wait(10)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.handle_error = True, lambda *arguments: None
-    server.over, server.asked, server.sent = threading.Event(), 0, 0
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.over.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def fetch(server, monkeypatch, tmp_path):
-    """fetch(what goes wrong) -> its URL and the file's path, the download done."""
-    monkeypatch.setenv("no_proxy", "*")
-
-    def run(what: str, *, timeout: float = 10.0) -> Path:
-        path = tmp_path / "new" / "input.txt"
-        fingerprint = {"size": len(GOOD), "sha256_wanted": hashlib.sha256(GOOD).hexdigest()}
-        url = f"http://127.0.0.1:{server.server_port}/{what}"
-        try:
-            download(url, path, **fingerprint, timeout=timeout)
-        except ValueError as error:
-            if isinstance(error.__context__, HTTPError):
-                error.__context__.close()  # or its socket warns whenever it is collected
-            raise
-        return path
-
-    return run
-
-
-@pytest.mark.parametrize("what", ["good", "good-unannounced"])
-def test_a_good_download_is_there(what, fetch, tmp_path):
-    assert fetch(what).read_bytes() == GOOD
-    assert everything(tmp_path) == ["new", "new/input.txt"]
+@given(
+    texts=st.lists(any_text),
+    ascii_only=st.booleans(),
+    between=st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\n"]),
+    end=st.sampled_from(["", "\n"]),
+)
+def test_each_line_of_json_is_a_document(texts, ascii_only, between, end, workplace):
+    """Other keys do not matter, nor do blank lines."""
+    lines = [json.dumps({"n": 1, "text": text}, ensure_ascii=ascii_only) for text in texts]
+    Path("a.jsonl").write_bytes((between.join(lines) + end).encode())
+    assert read("a.jsonl") == [text for text in texts if text]
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    "line",
     [
-        ("wrong", "its sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"),
-        ("cut", f"{len(GOOD) // 2} of {len(GOOD)} bytes"),
-        ("cut-unannounced", f"{len(GOOD) // 2} of {len(GOOD)} bytes"),
-        ("empty", f"0 of {len(GOOD)} bytes"),
-        ("more", f"more of {len(GOOD)} bytes"),
-        ("absent", "404"),
-        ("nonsense", "this is no HTTP"),
-        ("stall", "timed out"),
-        ("stall-at-once", "timed out"),
+        b"text",
+        b'{"text": "a"',
+        b'{"text": "a"} {"text": "b"}',
+        b'"text"',
+        b'["text"]',
+        b"NaN",
+        b'{"Text": "a"}',
+        b'{"text": 3}',
+        b'{"text": null}',
+        b'{"text": NaN}',
+        b'{"text": ["a"]}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "\xe9"}',
+        b"[" * 100_000,
     ],
+    ids=lambda line: line[:30].decode("latin-1"),
 )
-def test_a_bad_download_is_not_there_and_says_why(what, said, fetch, server, tmp_path):
-    (tmp_path / "new").mkdir()
-    url = f"http://127.0.0.1:{server.server_port}/{what}"
-    with pytest.raises(ValueError, match=said) as raised:
-        fetch(what, timeout=0.2 if "stall" in what else 10)
-    assert url in str(raised.value)
-    assert f"put the file at {tmp_path / 'new' / 'input.txt'} yourself" in str(raised.value)
-    assert everything(tmp_path) == ["new"]
+def test_a_line_that_holds_no_text_is_named(line, workplace):
+    Path("a.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r'a\.jsonl, line 3: each line .* "text" holds a string'):
+        read("a.jsonl")
 
 
-def test_a_bad_download_leaves_no_folder(fetch, tmp_path):
-    with pytest.raises(ValueError, match="404"):
-        fetch("absent")
-    assert everything(tmp_path) == []
-
-
-def test_a_download_without_end_is_ended(fetch, server, tmp_path):
-    (tmp_path / "new").mkdir()
-    with pytest.raises(ValueError, match="more of"):
-        fetch("endless")
-    assert everything(tmp_path) == ["new"]
-    assert server.sent < 2**26  # what the buffers between the two hold
-
-
-def test_nobody_listening_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # taken, and not listening
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/"
-        with pytest.raises(ValueError, match=url):
-            download(url, tmp_path / "a", size=1, sha256_wanted="", timeout=1)
-    assert everything(tmp_path) == []
+# ------------------------------------------------------------------------------------------
+# Standard input
 
 
 @pytest.fixture
-def small_shakespeare(monkeypatch):
-    monkeypatch.setattr(corpus, "SHAKESPEARE_BYTES", len(GOOD))
-    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(GOOD).hexdigest())
-    monkeypatch.setenv("no_proxy", "*")
+def type_in(monkeypatch, tmp_path):
+    """type_in(bytes): what standard input holds. Its copy is closed (else, by the system)."""
+    with open(tmp_path / "copy", "w+b") as copy:
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda: copy)
+        yield lambda data: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
-def test_shakespeare_is_downloaded_once(small_shakespeare, server, tmp_path):
-    url, before = f"http://127.0.0.1:{server.server_port}/good", server.asked
-    for _ in range(2):
-        found = tiny_shakespeare(tmp_path, url=url, timeout=10)
-        assert list(found.documents()) == [GOOD.decode()]
-    assert server.asked == before + 1
-    assert everything(tmp_path) == ["input.txt"]
+def test_standard_input_is_one_document_that_can_be_read_again(workplace, type_in):
+    type_in(b"caf\xc3\xa9\r\n")
+    Path("a.txt").write_text("a")
+    found = find_corpus(["a.txt", "-", "a.txt"])
+    assert joined(found.parts()) == joined(found.parts()) == ["a", "caf\u00e9\r\n", "a"]
+    assert (found.source, found.size) == ("a.txt, standard input, a.txt", 9)
 
 
-def test_shakespeare_that_stalls_gives_up(small_shakespeare, server, tmp_path):
-    url = f"http://127.0.0.1:{server.server_port}/stall"
-    began = time.monotonic()
-    with pytest.raises(ValueError, match="timed out"):
-        tiny_shakespeare(tmp_path, url=url, timeout=0.2)
-    assert time.monotonic() - began < 4
-    assert everything(tmp_path) == []
+def test_standard_input_that_is_no_utf8_is_named(type_in):
+    type_in(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"standard input: not UTF-8 at byte 3 \(0xe9\)"):
+        read("-")
 
 
-def test_a_file_put_there_is_used_without_any_network(small_shakespeare, tmp_path, monkeypatch):
-    def no_network(*arguments, **options):
-        raise AssertionError("the network is not needed")
-
-    monkeypatch.setattr(socket, "socket", no_network)
-    (tmp_path / "input.txt").write_bytes(GOOD)
-    assert list(tiny_shakespeare(tmp_path).documents()) == [GOOD.decode()]
+def test_standard_input_that_is_closed_is_named(type_in, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input"):
+        read("-")
 
 
-def test_another_file_in_its_place_is_refused_and_kept(tmp_path):
-    (tmp_path / "input.txt").write_bytes(GOOD)
-    with pytest.raises(ValueError, match=r"input\.txt is not tiny Shakespeare .*delete it"):
-        tiny_shakespeare(tmp_path)
-    assert (tmp_path / "input.txt").read_bytes() == GOOD
+# ------------------------------------------------------------------------------------------
+# Datasets of the Hugging Face hub
 
 
-def test_shakespeare_comes_over_a_safe_connection():
-    assert SHAKESPEARE_URL.startswith("https://")
+@pytest.fixture
+def hub(workplace, monkeypatch):
+    """No network, a cache that goes away, and some datasets in the folders of this place."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    for path, key, texts in [
+        ("stories/train.jsonl", "text", ["one", "", "two", "three"]),
+        ("stories/test.jsonl", "text", ["four"]),
+        ("poems/a.jsonl", "verse", ["five"]),
+        ("numbers/a.jsonl", "text", [6]),
+        ("nothing/a.jsonl", "text", []),
+        ("program/program.py", "text", []),
+    ]:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text("".join(json.dumps({key: text, "n": 1}) + "\n" for text in texts))
+    Path("stories/README.md").write_text(
+        "---\nconfigs:\n"
+        "- {config_name: all, default: true, data_files: "
+        "[{split: train, path: train.jsonl}, {split: test, path: test.jsonl}]}\n"
+        "- {config_name: short, data_files: test.jsonl}\n---\n"
+    )
 
 
-def test_the_real_shakespeare_is_cut_as_nanogpt_cuts_it(test_data, workplace):
-    folder = Path("data", "shakespeare_char")
-    folder.mkdir(parents=True)
-    (folder / "input.txt").write_bytes((test_data / "tinyshakespeare.txt").read_bytes())
-    prepare("shakespeare_char")
-    dataset = open_dataset("shakespeare_char")
-    assert (len(dataset.train), len(dataset.val)) == (1_003_854, 111_540)
-    assert dataset.tokenizer.vocab_size == dataset.meta["vocab_size"] == 65
-    assert dataset.tokenizer.decode(dataset.train[:14]) == "First Citizen:"
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("stories", ["one", "two", "three"]),
+        ("stories:short", ["four"]),
+        ("stories::test", ["four"]),
+        ("stories:all:test", ["four"]),
+    ],
+)
+def test_a_hub_dataset_is_its_texts_in_order_each_time(name, texts, hub):
+    found = find_corpus([f"hf:{name}"])
+    assert joined(found.parts()) == joined(found.parts()) == texts
+    assert (found.source, found.size) == ("hf:stories", None)
+    Path("a.txt").write_text("a")
+    mixed = find_corpus(["a.txt", f"hf:{name}"])
+    assert (joined(mixed.parts()), mixed.size) == (["a", *texts], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("poems", r"hf:poems: a row has no text under \"text\", but \['verse', 'n'\]"),
+        ("numbers", "hf:numbers: a row has no text"),
+        ("no/such/folder", "no/such/folder"),
+        ("stories::last", "last"),
+        ("stories:long", "long"),
+        ("nothing", "hf:nothing"),
+        ("program", "program"),
+        ("", "hf:"),
+    ],
+)
+def test_what_a_hub_dataset_lacks_is_named(name, said, hub):
+    with pytest.raises((ValueError, OSError), match=said):
+        read(f"hf:{name}")
+
+
+def test_without_the_package_its_installation_is_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hf:stories needs .* pip install datasets"):
+        find_corpus(["hf:stories"])

@@ -1,141 +1,37 @@
-"""Laws of datasets and batches."""
+"""Laws of datasets: the files hold the text, whole or not at all."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, TEXT, TINY
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nanolm.corpus import Corpus
+from nanolm import corpus, data, workers
+from nanolm.corpus import Corpus, documents
 from nanolm.data import (
-    NO_TARGET,
+    SPLITS,
+    Dataset,
     check_dataset,
-    check_ids,
-    epoch_starts,
-    evaluation_batches,
+    make_tokenizer,
     narrowest_dtype,
     open_dataset,
     prepare,
-    training_batch,
-    windows_per_epoch,
     write_dataset,
 )
-from nanolm.tokenizer import CharTokenizer
+from nanolm.known import KnownDataset
+from nanolm.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 
-lengths = st.integers(2, 400)
-block_sizes = st.integers(1, 50)
-seeds = st.integers(0, 2**32)
-
-
-# ------------------------------------------------------------------------------------------
-# Batches
-
-
-@given(lengths, block_sizes, seeds, st.integers(0, 20))
-def test_the_windows_of_an_epoch_never_overlap_and_stay_inside_the_text(
-    n, block_size, seed, epoch
-):
-    assume(n > block_size)
-    starts = np.sort(epoch_starts(n, block_size, seed, epoch))
-    assert len(starts) == max(1, (n - 1) // block_size - 1)
-    assert np.all(np.diff(starts) == block_size)  # each window once, side by side
-    assert starts[0] >= 0
-    assert starts[-1] + block_size + 1 <= n  # with the target of its last token
-
-
-def test_every_offset_occurs_including_the_one_that_ends_the_text():
-    """randint(len - block_size) would leave out the last window."""
-    n, block_size = 11, 3
-    offsets = {epoch_starts(n, block_size, 0, epoch).min() for epoch in range(200)}
-    assert offsets == set(range(n - 2 * block_size))
-
-
-def test_a_text_of_one_window_is_enough():
-    assert windows_per_epoch(6, 5) == 1
-    with pytest.raises(ValueError, match=r"block_size=6.* needs 7 tokens and there are 6"):
-        windows_per_epoch(6, 6)
-
-
-@given(lengths, block_sizes, seeds, st.integers(1, 7), st.integers(0, 50))
-def test_a_batch_is_windows_of_the_text_and_their_next_tokens(n, block_size, seed, batch, index):
-    assume(n > block_size)
-    tokens = np.arange(n)  # each token tells its place
-    ids, targets = training_batch(
-        tokens, index, batch_size=batch, block_size=block_size, seed=seed
-    )
-    assert ids.shape == targets.shape == (batch, block_size)
-    assert ids.dtype == targets.dtype == np.int64
-    assert np.all(np.diff(ids, axis=1) == 1)
-    assert np.all(targets == ids + 1)
-
-
-@given(lengths, block_sizes, seeds, st.integers(1, 7))
-def test_an_epoch_of_batches_shows_each_window_once(n, block_size, seed, batch):
-    assume(n > block_size)
-    windows = windows_per_epoch(n, block_size)
-    shape = {"batch_size": batch, "block_size": block_size, "seed": seed}
-    firsts = [
-        start
-        for index in range(-(-2 * windows // batch))
-        for start in training_batch(np.arange(n), index, **shape)[0][:, 0]
-    ]
-    for epoch in range(2):  # a batch may span both
-        seen = firsts[epoch * windows : (epoch + 1) * windows]
-        assert sorted(seen) == sorted(epoch_starts(n, block_size, seed, epoch))
-
-
-@given(seeds, st.permutations(range(6)))
-def test_a_batch_depends_on_its_number_alone_and_not_on_what_was_asked_before(seed, order):
-    shape = {"batch_size": 3, "block_size": 5, "seed": seed}
-    tokens = np.arange(67)
-    batches = {}
-    for index in order:
-        batches[index] = training_batch(tokens, index, **shape)
-    epoch_starts.cache_clear()
-    for index in range(6):
-        again = training_batch(tokens, index, **shape)
-        assert all(np.array_equal(a, b) for a, b in zip(batches[index], again, strict=True))
-
-
-def test_seeds_and_epochs_order_the_windows_differently():
-    orders = {tuple(epoch_starts(1000, 5, seed, epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-
-
-@given(lengths, block_sizes, st.integers(1, 7))
-def test_a_whole_evaluation_predicts_every_token_but_the_first_once(n, block_size, batch):
-    tokens = np.arange(n)
-    seen = []
-    for ids, targets in evaluation_batches(tokens, batch_size=batch, block_size=block_size):
-        assert ids.shape == targets.shape == (batch, block_size)
-        real = targets != NO_TARGET
-        assert np.all(targets[real] == ids[real] + 1)
-        seen.extend(targets[real])
-    assert seen == list(range(1, n))
-
-
-@given(lengths, block_sizes, st.integers(1, 7), st.integers(1, 9))
-def test_a_part_of_an_evaluation_is_as_large_as_asked_and_spread_out(n, block_size, batch, count):
-    tokens = np.arange(n)
-    shape = {"batch_size": batch, "block_size": block_size}
-    windows = -(-(n - 1) // block_size)
-    batches = list(evaluation_batches(tokens, **shape, n_batches=count))
-    starts = [i for ids, targets in batches for i in ids[targets[:, 0] != NO_TARGET, 0]]
-    assert len(starts) == min(windows, count * batch)
-    assert len(set(starts)) == len(starts)
-    gaps = np.diff([*starts, windows * block_size])
-    assert gaps.max() - gaps.min() <= block_size  # spread evenly
-
-
-def test_ids_outside_the_vocabulary_are_refused_by_value():
-    check_ids(np.array([[0, 6]]), 7)
-    with pytest.raises(ValueError, match="token id 7 is outside the vocabulary of 7"):
-        check_ids(np.array([[0, 7]]), 7)
-
-
-# ------------------------------------------------------------------------------------------
-# Files
+BPE = BPETokenizer.train([TEXT], 300)
 
 
 @given(st.integers(1, 2**31))
@@ -149,54 +45,169 @@ def test_the_narrowest_type_holds_the_largest_id(vocab_size):
         assert vocab_size - 1 >= 256 ** (dtype.itemsize // 2)
 
 
-def corpus_of(*documents: str) -> Corpus:
-    return Corpus("a test", lambda: list(documents))
+def corpus_of(*texts: str) -> Corpus:
+    return Corpus("a test", lambda: documents(texts))
 
 
-@settings(max_examples=30, deadline=None)
+def encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
+    """The ids that a dataset of these documents holds."""
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    return [i for text in texts if text for i in [*tokenizer.encode(text), *end]]
+
+
+def all_ids(dataset: Dataset) -> list[int]:
+    return [*dataset.train.tolist(), *dataset.val.tolist()]
+
+
+def content(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def texts_here(workplace) -> Path:
+    """The current folder, with a.txt and b.txt."""
+    Path("a.txt").write_text("to be or not to be")
+    Path("b.txt").write_text("that is the question")
+    return workplace
+
+
+# ------------------------------------------------------------------------------------------
+# The files
+
+
+@settings(max_examples=40)
 @given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5),
-    st.floats(0.05, 0.95),
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]))
+        | st.sampled_from([END_OF_TEXT, f"1 little{END_OF_TEXT} wolf"]),
+        min_size=1,
+        max_size=5,
+    ),
+    val_fraction=st.floats(0.05, 0.95),
+    kind=st.sampled_from(["char", "bpe"]),
 )
-def test_a_written_dataset_holds_the_text(tmp_path_factory, documents, val_fraction):
-    text = "".join(documents)
-    cut = int(len(text) * (1 - val_fraction))
-    assume(cut >= 2 and len(text) - cut >= 2)
-    workplace = tmp_path_factory.mktemp("data")
-    tokenizer = CharTokenizer.train(documents)
+def test_a_dataset_is_the_encoded_documents_each_with_its_end(
+    tmp_path_factory, texts, val_fraction, kind
+):
+    """Characters have no token for that end, and in a text its name is ordinary characters."""
+    tokenizer = CharTokenizer.train(texts) if kind == "char" else BPE
+    ids = encoded(tokenizer, texts)
+    cut = int(len(ids) * (1 - val_fraction))
+    assume(cut >= 2 and len(ids) - cut >= 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        corpus = corpus_of(*documents)
-        write_dataset(workplace / "data" / "x", corpus, tokenizer, val_fraction=val_fraction)
+        patch.chdir(tmp_path_factory.mktemp("data"))
+        write_dataset(Path("data/x"), corpus_of(*texts), tokenizer, val_fraction=val_fraction)
         dataset = open_dataset("x")
         assert check_dataset("x") == dataset.meta
-    train, val = tokenizer.decode(dataset.train), tokenizer.decode(dataset.val)
-    assert (train, val) == (text[:cut], text[cut:])
-    for split, part in (("train", train), ("val", val)):
-        assert dataset.meta[split]["tokens"] == len(part)
-        assert dataset.meta[split]["bytes"] == len(part.encode())
-    assert dataset.bytes_per_token == len(val.encode()) / len(val)
+    assert (dataset.train.tolist(), dataset.val.tolist()) == (ids[:cut], ids[cut:])
+    assert ids.count(tokenizer.end_of_text) == (sum(map(bool, texts)) if kind == "bpe" else 0)
+    text_bytes = 0
+    for split in SPLITS:
+        tokens = [i for i in getattr(dataset, split).tolist() if i != tokenizer.end_of_text]
+        assert dataset.meta[split]["tokens"] == len(getattr(dataset, split))
+        assert dataset.meta[split]["bytes"] == len(tokenizer.decode_bytes(tokens))
+        text_bytes += dataset.meta[split]["bytes"]
+    assert text_bytes == len("".join(texts).encode())
+    assert dataset.bytes_per_token == dataset.meta["val"]["bytes"] / len(dataset.val)
 
 
-def test_a_failed_preparation_leaves_the_old_dataset(workplace):
+def test_blocks_batches_and_processes_do_not_change_a_dataset(workplace, monkeypatch):
+    Path("a.txt").write_text(TEXT)
+    Path("b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in [TEXT] * 3))
+    made = []
+    for small, processes in [(False, 1), (True, 1), (True, 2)]:
+        if small:
+            monkeypatch.setattr(corpus, "BLOCK", 99)
+            monkeypatch.setattr(workers, "BATCH", 199)
+        inputs = ("a.txt", "b.jsonl")
+        made.append(content(prepare("x", inputs=inputs, tokenizer="bpe:300", processes=processes)))
+    assert all_ids(open_dataset("x")) == encoded(BPE, [TEXT] * 4)
+    assert made[0] == made[1] == made[2]
+
+
+def test_the_meta_file_tells_where_the_text_is_from(texts_here):
+    meta = json.loads((prepare("x", inputs=("a.txt", "b.txt")) / "meta.json").read_text())
+    assert (meta["source"], meta["tokenizer"]) == ("a.txt, b.txt", "char")
+    assert meta["vocab_size"] == len(set("to be or not to be that is the question"))
+
+
+def test_a_failed_preparation_leaves_the_old_dataset(texts_here):
     """Nothing is lost, and nothing is half written."""
-    (workplace / "a.txt").write_text("to be or not to be")
-    (workplace / "short.txt").write_text("ab")
-    prepare("x", inputs=("a.txt",))
-    before = {path.name: path.read_bytes() for path in (workplace / "data/x").iterdir()}
+    before = content(prepare("x", inputs=("a.txt",)))
+    Path("short.txt").write_text("ab")
     with pytest.raises(ValueError, match="too short"):
         prepare("x", inputs=("short.txt",))
-    assert before == {path.name: path.read_bytes() for path in (workplace / "data/x").iterdir()}
+    assert content("data/x") == before
+
+
+# ------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+@given(st.lists(st.text("ab \u20ac", min_size=1), min_size=1), st.integers(0, 2))
+def test_a_tokenizer_learns_from_the_first_bytes_alone(texts, inside):
+    """Also where the limit falls inside a character."""
+    size = len("".join(texts).encode()) + inside
+    found = corpus_of(*texts[:-1], texts[-1] + "\u20ac and more", "and more")
+    learned = make_tokenizer("bpe:262", found, tokenizer_bytes=size)
+    assert learned == BPETokenizer.train(texts, 262)
+
+
+@pytest.mark.parametrize("path", ["data/first", "data/first/nanolm_tokenizer.json"])
+def test_a_dataset_can_take_over_the_tokenizer_of_another(path, texts_here):
+    prepare("first", inputs=("a.txt",), tokenizer="bpe:259")
+    prepare("second", inputs=("b.txt",), tokenizer=path)
+    dataset = open_dataset("second")
+    assert dataset.tokenizer == BPETokenizer.train(["to be or not to be"], 259)
+    assert dataset.meta["tokenizer"] == "bpe:259"
+    assert all_ids(dataset) == encoded(dataset.tokenizer, ["that is the question"])
+
+
+def test_a_run_can_continue_with_another_text_and_its_own_tokenizer(tiny_run, run_main):
+    Path("b.txt").write_text("7 foxes met 49 little wolves.\n" * 9)
+    run_main("prepare", "other", "--input=b.txt", f"--tokenizer={tiny_run}")
+    words = ("--dataset=other", f"--init_from={tiny_run}", "--out_dir=out/other")
+    assert run_main("train", *TINY, *words)[0::2] == (0, "")
+    assert (
+        content("out/other")["nanolm_tokenizer.json"]
+        == (content(tiny_run)["nanolm_tokenizer.json"])
+    )
+
+
+@pytest.fixture
+def known_dataset(workplace, monkeypatch):
+    """A known dataset of characters, named tiny."""
+    known = {"tiny": KnownDataset(lambda folder: corpus_of("to be or not to be"), "char")}
+    monkeypatch.setattr(data, "KNOWN_DATASETS", known)
+
+
+def test_a_known_dataset_is_prepared_on_first_use(known_dataset):
+    assert open_dataset("tiny").meta["source"] == "a test"
+    meta = Path("data/tiny/meta.json")
+    meta.write_text(meta.read_text().replace('"char"', '"other"'))
+    with pytest.raises(ValueError, match=r"'other'.* prepare it again: python prepare.py tiny"):
+        open_dataset("tiny")
+
+
+def test_a_known_dataset_keeps_its_tokenizer(known_dataset):
+    BPE.save("bpe.json")
+    for other in ("bpe:258", "bpe.json"):
+        with pytest.raises(ValueError, match=f"'{other}': tiny goes with char; leave the key out"):
+            prepare("tiny", tokenizer=other)
+    assert not Path("data").exists()
+    before = content(prepare("tiny"))
+    assert content(prepare("tiny", tokenizer="char")) == before
+    assert content(prepare("tiny", tokenizer="data/tiny")) == before
+
+
+# ------------------------------------------------------------------------------------------
+# Interrupted
 
 
 def test_a_killed_preparation_leaves_no_dataset_that_could_be_taken_for_one(
-    workplace, monkeypatch
+    texts_here, monkeypatch
 ):
     """Killed at any rename, the folder opens as the old text, as the new one, or not at all."""
-    import os
-
-    (workplace / "a.txt").write_text("to be or not to be")
-    (workplace / "b.txt").write_text("that is the question")
     replace, outcomes = os.replace, []
     for survived in range(20):
         prepare("x", inputs=("a.txt",))
@@ -217,8 +228,7 @@ def test_a_killed_preparation_leaves_no_dataset_that_could_be_taken_for_one(
         try:
             check_dataset("x")
             dataset = open_dataset("x")
-            ids = [*dataset.train, *dataset.val]
-            outcomes.append(dataset.tokenizer.decode(ids)[:2])
+            outcomes.append(dataset.tokenizer.decode(all_ids(dataset))[:2])
         except FileNotFoundError:
             outcomes.append("--")
         if finished:
@@ -227,22 +237,71 @@ def test_a_killed_preparation_leaves_no_dataset_that_could_be_taken_for_one(
     assert outcomes == sorted(outcomes, key=["to", "--", "th"].index)
 
 
-def test_the_meta_file_tells_where_the_text_is_from(workplace):
-    (workplace / "a.txt").write_text("to be or not to be")
-    meta = json.loads((prepare("x", inputs=("a.txt",)) / "meta.json").read_text())
-    assert meta["source"] == "a.txt"
-    assert meta["tokenizer"] == "char"
-    assert meta["vocab_size"] == len(set("to be or not to be"))
+def start_prepare(*words: str) -> subprocess.Popen:
+    """prepare.py on a long text, by itself and two workers, in a process group of their own."""
+    Path("long.txt").write_text(TEXT * (10**7 // len(TEXT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
+    command = [ROOT / "prepare.py", "x", "--input=long.txt", "--processes=2", *words]
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def test_a_known_dataset_is_prepared_on_first_use(workplace, monkeypatch):
-    from nanolm import data
-    from nanolm.corpus import KnownDataset
+@pytest.mark.parametrize("seconds", [0.3, 0.7, 1.1])
+def test_a_real_kill_leaves_a_whole_dataset_or_none(seconds, texts_here):
+    """And the next preparation works."""
+    before = content(prepare("x", inputs=("a.txt",)))
+    process = start_prepare("--tokenizer=bpe:300")
+    time.sleep(seconds)
+    process.kill()
+    process.communicate(timeout=20)
+    if Path("data/x/meta.json").exists():
+        check_dataset("x")
+    assert content(prepare("x", inputs=("a.txt",))) == before
 
-    known = {"tiny": KnownDataset(lambda folder: corpus_of("to be or not to be"), "char")}
-    monkeypatch.setattr(data, "KNOWN_DATASETS", known)
-    assert open_dataset("tiny").meta["source"] == "a test"
-    meta = workplace / "data/tiny/meta.json"
-    meta.write_text(meta.read_text().replace('"char"', '"other"'))
-    with pytest.raises(ValueError, match=r"'other'.* prepare it again: python prepare.py tiny"):
-        open_dataset("tiny")
+
+@pytest.mark.parametrize(("written", "seconds"), [(0, 0.05), (0, 0.15), (1, 0)])
+def test_ctrl_c_is_one_line_and_leaves_no_dataset_and_no_process(written, seconds, workplace):
+    """While the workers start, and while they work."""
+    process, ids = start_prepare(), Path("data/x/.partial/train.bin")
+    while not ids.exists() or ids.stat().st_size < written:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=20)  # until no process holds their other ends
+    assert (process.returncode, out, err.strip()) == (130, "", "interrupted")
+    assert not Path("data").exists()
+
+
+# ------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak there")
+def test_a_long_text_needs_no_more_memory_than_a_short_one(workplace):
+    """(resource.getrusage would count what the parent process held when it forked.)"""
+    BPE.save("bpe.json")
+    script = """
+from pathlib import Path
+from nanolm.data import prepare
+prepare("x", inputs=("long.txt",), tokenizer="bpe.json")
+print(Path("/proc/self/status").read_text())
+"""
+    peaks = []
+    for size in (10**6, 60 * 10**6):
+        Path("long.txt").write_text(TEXT * (size // len(TEXT)))
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", run.stdout)[1]) * 1024)
+    assert peaks[1] - peaks[0] < size / 2

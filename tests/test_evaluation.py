@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.data import evaluation_batches
+from nanolm.batches import evaluation_batches
 from nanolm.evaluation import bits_per_byte, evaluate, perplexity
 from nanolm.model import GPT, ModelConfig
 

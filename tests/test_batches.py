@@ -1,0 +1,121 @@
+"""Laws of the batches."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from nanolm.batches import (
+    NO_TARGET,
+    check_ids,
+    epoch_starts,
+    evaluation_batches,
+    training_batch,
+    windows_per_epoch,
+)
+
+lengths = st.integers(2, 400)
+block_sizes = st.integers(1, 50)
+seeds = st.integers(0, 2**32)
+
+
+@given(lengths, block_sizes, seeds, st.integers(0, 20))
+def test_the_windows_of_an_epoch_never_overlap_and_stay_inside_the_text(
+    n, block_size, seed, epoch
+):
+    assume(n > block_size)
+    starts = np.sort(epoch_starts(n, block_size, seed, epoch))
+    assert len(starts) == max(1, (n - 1) // block_size - 1)
+    assert np.all(np.diff(starts) == block_size)  # each window once, side by side
+    assert starts[0] >= 0
+    assert starts[-1] + block_size + 1 <= n  # with the target of its last token
+
+
+def test_every_offset_occurs_including_the_one_that_ends_the_text():
+    """randint(len - block_size) would leave out the last window."""
+    n, block_size = 11, 3
+    offsets = {epoch_starts(n, block_size, 0, epoch).min() for epoch in range(200)}
+    assert offsets == set(range(n - 2 * block_size))
+
+
+def test_a_text_of_one_window_is_enough():
+    assert windows_per_epoch(6, 5) == 1
+    with pytest.raises(ValueError, match=r"block_size=6.* needs 7 tokens and there are 6"):
+        windows_per_epoch(6, 6)
+
+
+@given(lengths, block_sizes, seeds, st.integers(1, 7), st.integers(0, 50))
+def test_a_batch_is_windows_of_the_text_and_their_next_tokens(n, block_size, seed, batch, index):
+    assume(n > block_size)
+    tokens = np.arange(n)  # each token tells its place
+    ids, targets = training_batch(
+        tokens, index, batch_size=batch, block_size=block_size, seed=seed
+    )
+    assert ids.shape == targets.shape == (batch, block_size)
+    assert ids.dtype == targets.dtype == np.int64
+    assert np.all(np.diff(ids, axis=1) == 1)
+    assert np.all(targets == ids + 1)
+
+
+@given(lengths, block_sizes, seeds, st.integers(1, 7))
+def test_an_epoch_of_batches_shows_each_window_once(n, block_size, seed, batch):
+    assume(n > block_size)
+    windows = windows_per_epoch(n, block_size)
+    shape = {"batch_size": batch, "block_size": block_size, "seed": seed}
+    firsts = [
+        start
+        for index in range(-(-2 * windows // batch))
+        for start in training_batch(np.arange(n), index, **shape)[0][:, 0]
+    ]
+    for epoch in range(2):  # a batch may span both
+        seen = firsts[epoch * windows : (epoch + 1) * windows]
+        assert sorted(seen) == sorted(epoch_starts(n, block_size, seed, epoch))
+
+
+@given(seeds, st.permutations(range(6)))
+def test_a_batch_depends_on_its_number_alone_and_not_on_what_was_asked_before(seed, order):
+    shape = {"batch_size": 3, "block_size": 5, "seed": seed}
+    tokens = np.arange(67)
+    batches = {}
+    for index in order:
+        batches[index] = training_batch(tokens, index, **shape)
+    epoch_starts.cache_clear()
+    for index in range(6):
+        again = training_batch(tokens, index, **shape)
+        assert all(np.array_equal(a, b) for a, b in zip(batches[index], again, strict=True))
+
+
+def test_seeds_and_epochs_order_the_windows_differently():
+    orders = {tuple(epoch_starts(1000, 5, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+@given(lengths, block_sizes, st.integers(1, 7))
+def test_a_whole_evaluation_predicts_every_token_but_the_first_once(n, block_size, batch):
+    tokens = np.arange(n)
+    seen = []
+    for ids, targets in evaluation_batches(tokens, batch_size=batch, block_size=block_size):
+        assert ids.shape == targets.shape == (batch, block_size)
+        real = targets != NO_TARGET
+        assert np.all(targets[real] == ids[real] + 1)
+        seen.extend(targets[real])
+    assert seen == list(range(1, n))
+
+
+@given(lengths, block_sizes, st.integers(1, 7), st.integers(1, 9))
+def test_a_part_of_an_evaluation_is_as_large_as_asked_and_spread_out(n, block_size, batch, count):
+    tokens = np.arange(n)
+    shape = {"batch_size": batch, "block_size": block_size}
+    windows = -(-(n - 1) // block_size)
+    batches = list(evaluation_batches(tokens, **shape, n_batches=count))
+    starts = [i for ids, targets in batches for i in ids[targets[:, 0] != NO_TARGET, 0]]
+    assert len(starts) == min(windows, count * batch)
+    assert len(set(starts)) == len(starts)
+    gaps = np.diff([*starts, windows * block_size])
+    assert gaps.max() - gaps.min() <= block_size  # spread evenly
+
+
+def test_ids_outside_the_vocabulary_are_refused_by_value():
+    check_ids(np.array([[0, 6]]), 7)
+    with pytest.raises(ValueError, match="token id 7 is outside the vocabulary of 7"):
+        check_ids(np.array([[0, 7]]), 7)
