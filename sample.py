@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def main(arguments: list[str]) -> None:
     model = model.to(engine.device)
     if engine.compile:
         model.compile(dynamic=True)
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=engine.device)
+    ids = tokenizer.encode(prompt, allowed_special="all")
+    ids = torch.tensor([ids], dtype=torch.long, device=engine.device)
     print(f"sampling from {folder}, step {step}, {engine.device} {engine.dtype}", file=sys.stderr)
     knobs = {
         key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")
@@ -72,7 +74,8 @@ def main(arguments: list[str]) -> None:
         for _ in range(config.num_samples):
             print(prompt, end="", flush=True)
             tokens = (int(token) for token in generate(model, ids, **knobs, generator=generator))
-            for piece in until(stream_text(tokenizer, tokens), config.stop):
+            document = takewhile(lambda token: token != tokenizer.end_of_text, tokens)
+            for piece in until(stream_text(tokenizer, document), config.stop):
                 print(piece, end="", flush=True)
             print("\n---------------")
 

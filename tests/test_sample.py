@@ -1,0 +1,26 @@
+"""Laws of `sample.py` with documents: a text ends where its document does."""
+
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+STORY = "Hi."
+
+
+@pytest.fixture
+def storyteller(workplace, run_main, monkeypatch) -> None:
+    """The current folder, with a run that has learned one very short story."""
+    monkeypatch.setattr("nanolm.metrics.draw_losses", lambda *_, **__: False)  # it takes longer
+    Path("a.jsonl").write_text(f'{{"text": "{STORY}"}}\n' * 200)
+    run_main("prepare", "stories", "--input=a.jsonl", "--tokenizer=bpe:257")
+    keys = ("--max_iters=100", "--learning_rate=0.05", "--eval_interval=100", "--batch_size=8")
+    code, _, err = run_main("train", *TINY, "--dataset=stories", "--out_dir=out/x", *keys)
+    assert (code, err) == (0, "")
+
+
+def test_a_sample_ends_with_its_document_and_a_prompt_may_begin_one(storyteller, run_main):
+    """The token that stands between documents is never written; as a prompt it is understood."""
+    for start, rest in [("<|endoftext|>", STORY), (STORY[:1], STORY[1:]), (STORY, "")]:
+        out = run_main("sample", f"--start={start}", "--temperature=0", "--num_samples=2")[1]
+        assert out == f"{start}{rest}\n---------------\n" * 2
