@@ -6,7 +6,7 @@ PYTHON = .venv/bin/python
 # Train the default model on Python's own documentation (continuing where it stopped), then sample.
 train: .venv/ready
 	$(PYTHON) train.py config/pydocs.py --init_from=auto
-	$(PYTHON) sample.py --out_dir=out/pydocs --num_samples=1 --max_new_tokens=400
+	$(PYTHON) sample.py --out_dir=out/pydocs --num_samples=1 --max_new_tokens=200
 
 # Prove every formula and every promise.
 test: .venv/ready

@@ -1,5 +1,5 @@
-# GPT-2's shape (124M with its own vocabulary, 86M with characters) on a text of your own:
-# python prepare.py mytext --input PATH, first.
+# GPT-2's shape, 124M parameters, on a text of your own. First prepare it with GPT-2's vocabulary:
+# python prepare.py mytext --input PATH --tokenizer=gpt2
 #
 # Meant for GPUs, and for a large text. Time, loss and memory: not measured.
 dataset = "mytext"

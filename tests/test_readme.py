@@ -1,5 +1,6 @@
 """The README says what is true: its commands, flags, files and output are those of the project."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -33,6 +34,8 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words) <= set(targets)
+    elif words[:1] == ["-m"]:
+        importlib.import_module(words[1]).parser().parse_args(words[2:])
     elif program == "python":
         cls, positional = SCRIPTS[words[0]]
         assert (ROOT / words[0]).is_file()
@@ -48,6 +51,13 @@ def test_every_file_that_is_named_exists():
     assert named
     for path in links + named:
         assert (ROOT / path).exists(), path
+
+
+def test_the_examples_in_python_hold(workplace):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
 
 
 def test_every_config_has_its_row():
