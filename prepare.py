@@ -14,12 +14,12 @@ from nanolm.workers import n_cores
 class PrepareConfig:
     """The keys of prepare.py."""
 
-    name: str  # the dataset: a folder in data/
-    input: tuple[str, ...] = ()  # .txt or .jsonl files, folders of them, - (stdin), hf:NAME
+    name: str  # the dataset: a folder in data/; comes first, without --name
+    input: tuple[str, ...] = ()  # text or .jsonl files, folders of them, - (stdin), hf:NAME
     tokenizer: str | None = None  # char | bpe:N | gpt2 | its path; None: char, or the dataset's
-    tokenizer_bytes: int = TOKENIZER_BYTES  # of text, at most, that bpe:N learns from
+    tokenizer_bytes: int = TOKENIZER_BYTES  # bpe:N learns from so much text, at most
     val_fraction: float = 0.1  # share of the text, at its end, that is kept for validation
-    processes: int | None = None  # that encode at once; None: one for each core
+    processes: int | None = None  # how many encode at once; None: one for each core
     check: bool = False  # prepare nothing; compare the files with their fingerprints
 
 

@@ -1,19 +1,21 @@
 r"""Byte pair encoding: from bytes to tokens that stand for frequent pieces of text.
 
 Start with one token for each of the 256 byte values, so that every text has ids. Then look for the
-pair of neighbours that occurs most often in some training text, make it a new token, put it
-wherever the pair stands, and begin again. The merges, in the order in which they were learned, are
-all there is to know: a text is encoded by making the same merges in the same order. (Gage 1994;
-for words, Sennrich et al. 2016, arXiv:1508.07909; for bytes, GPT-2, Radford et al. 2019.)
+pair of neighbours that occurs most often in some training text (of equally frequent ones, the pair
+with the smaller ids), make it a new token, put it wherever the pair stands, and begin again. The
+merges, in the order in which they were learned, are all there is to know: a text is encoded by
+making the same merges in the same order. (Gage 1994; for words, Sennrich et al. 2016,
+arXiv:1508.07909; for bytes, GPT-2, Radford et al. 2019.)
 
-    aaabdaaabac        the pair aa occurs twice (as often as a merge can find it): Z = aa
-    ZabdZabac          then ab (Za is as frequent): Y = ab
-    ZYdZYac            then ZY: X = ZY
-    XdXac              now no pair occurs more than once
+    aaabdaaabac        aa occurs twice, as merges count it, and so does ab: Z = aa
+    ZabdZabac          Za and ab occur twice: Y = ab
+    ZYdZYac            ZY occurs twice: X = ZY
+    XdXac              and so on, while any pair is left and more tokens are wanted
 
 No merge crosses the border between two pieces, into which a pattern cuts the text first: words
 with the space before them, numbers, punctuation, blanks. Otherwise "dog." and "dog!" would become
-tokens of their own.
+tokens of their own. (The patterns need classes like \p{L}, any letter, which the package regex
+knows and Python's own re does not.)
 
 Textbook loops come first. They are the meaning of what follows, and its test.
 """
@@ -26,13 +28,14 @@ from functools import lru_cache
 from itertools import pairwise
 
 import regex
-from tqdm import tqdm
+
+from nanolm.workers import progress
 
 # GPT-2's pattern: 's, 't, 're ... | words | numbers | other signs | blanks, of which the last one
-# is left to the word behind it | blanks.
+# is left to the word after it | blanks.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-LONGEST_BLANK = 10_000  # characters of white space on end; tiktoken fails on a million of them
+LONGEST_BLANK = 10_000  # characters of white space in a row; tiktoken fails on a million
 
 N_BYTES = 256  # the tokens to begin with: each byte is its own id
 
@@ -43,24 +46,24 @@ Pair = tuple[int, int]
 # From text to pieces
 
 
-def complete(pattern: str) -> str:
+def with_fallback(pattern: str) -> str:
     """The pattern, and any single character where it does not match: so none gets lost."""
     return f"(?:{pattern})|(?s:.)"
 
 
 @lru_cache
 def compiled(pattern: str) -> regex.Pattern:
-    """The completed pattern, ready for use. Raises ValueError for one that cannot cut a text."""
+    """with_fallback, ready for use. Raises ValueError for a pattern that cannot cut every text."""
     try:
-        regex.compile(pattern)
-        found = regex.compile(complete(pattern))
+        regex.compile(pattern)  # alone: )|( would fit into what is put around it
+        found = regex.compile(with_fallback(pattern))
     except regex.error as error:
         raise ValueError(f"pattern {pattern!r}: {error}") from None
     if found.groups:
         raise ValueError(f"pattern {pattern!r} has a capturing group: write (?:...) for (...)")
     if "" in found.findall("".join(map(chr, range(256)))):
         raise ValueError(
-            f"pattern {pattern!r} matches nothing at all, too: let every match have at least one "
+            f"pattern {pattern!r} can match the empty string: let every match have at least one "
             "character"
         )
     return found
@@ -77,7 +80,7 @@ def cut_long_blanks(text: str) -> list[str]:
 
     Nearly every text stays whole, and a look at every so many characters is enough to tell.
     """
-    probe = LONGEST_BLANK // 2  # a longer stretch covers one of these blocks
+    probe = LONGEST_BLANK // 2  # so long a stretch covers one of these, wherever it begins
     if not any(text[i : i + probe].isspace() for i in range(0, len(text), probe)):
         return [text]
     parts = []
@@ -148,11 +151,12 @@ def tokens_of(merges: Iterable[Pair]) -> list[bytes]:
     return tokens
 
 
-def encode_naive(piece: str, ranks: Mapping[bytes, int]) -> list[int]:
+def encode_piece(piece: str, ranks: Mapping[bytes, int]) -> list[int]:
     """The ids of a piece: merge the pair of the lowest rank, until no two neighbours are a token.
 
-    ranks: the id of every token by its bytes, earlier merges lower. (No two merges ever make the
-    same bytes: whoever stands for them elsewhere has been through the same merges.)
+    ranks: the id of every token by its bytes, earlier merges lower. (The bytes of a token tell its
+    merge, for no two merges make the same bytes: wherever they have become two neighbours, with
+    nothing merged over their ends, they have been through the same merges.)
     """
     word = [bytes([byte]) for byte in piece.encode()]
     while len(word) > 1:
@@ -189,7 +193,7 @@ def learn_merges(counts: Mapping[str, int], n_merges: int) -> list[Pair]:
     queue = [(-sum([times[i] for i in seen]), pair) for pair, seen in places.items()]
     heapq.heapify(queue)
     merges = []
-    with tqdm(total=n_merges, desc="merges", delay=1, disable=None) as bar:
+    with progress(total=n_merges, desc="merges") as bar:
         while queue and len(merges) < n_merges:
             bound, pair = heapq.heappop(queue)
             found = [i for i in dict.fromkeys(places.pop(pair)) if pair in words[i]]

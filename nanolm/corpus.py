@@ -5,7 +5,8 @@ hub.
 
 A document may be larger than the memory, so it comes in parts. They are cut where a word ends and
 white space follows: no token of GPT-2's pattern, or of the usual others, reaches over such a
-place, and so the parts encode to what the whole would.
+place, and so the parts encode to what the whole would. (Only where a block has no such place at
+all is it cut at its end.)
 """
 
 import codecs
@@ -20,12 +21,12 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from tqdm import tqdm
+from nanolm.workers import progress
 
 JSON_LINES = ".jsonl"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", JSON_LINES)
 STDIN, HUB = "-", "hf:"  # instead of a path
-BLOCK = 2**20  # bytes that are read at once
+BLOCK = 2**20  # bytes that are read at once, and characters of a part
 
 
 class Part(NamedTuple):
@@ -46,9 +47,7 @@ class Corpus:
     def read(self, label: str, *, limit: float = math.inf) -> Iterator[Part]:
         """The parts, up to limit bytes of text. On a terminal, long work shows a bar."""
         total, seen = (None if self.size is None else min(self.size, limit)), 0
-        with tqdm(
-            total=total, desc=label, unit="B", unit_scale=True, delay=1, disable=None
-        ) as bar:
+        with progress(total=total, desc=label, unit="B", unit_scale=True) as bar:
             for text, last in self.parts():
                 data = text.encode()
                 if seen + len(data) > limit:
@@ -59,7 +58,7 @@ class Corpus:
                 bar.update(len(data))
 
     def texts(self, label: str, *, limit: float = math.inf) -> Iterator[str]:
-        """The same, without where documents end."""
+        """The texts of these parts."""
         return (part.text for part in self.read(label, limit=limit))
 
 
@@ -89,6 +88,8 @@ def find_corpus(inputs: Iterable[str]) -> Corpus:
 
 def find_input(name: str) -> Corpus:
     """One input, by the rules of find_corpus."""
+    if not name:
+        raise ValueError("--input is empty: name a file or a folder")
     if name == STDIN:
         return standard_input()
     if name.startswith(HUB):
@@ -105,6 +106,10 @@ def find_text_files(path: Path) -> list[Path]:
     """The file itself, or the text files of a folder."""
     if path.is_file():
         return [path]
+    if path.exists() and not path.is_dir():
+        raise ValueError(
+            f"{path}: neither file nor folder; let standard input come from it, for -"
+        )
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: no such file or folder; --input takes text files, folders of them, "
@@ -184,7 +189,7 @@ def json_lines(file: Iterable[bytes], name: object) -> Iterator[str]:
         if line.isspace():
             continue
         try:
-            text = json.loads(line)["text"]
+            text = json.loads(line.decode())["text"]
             text.encode()  # JSON can spell half a surrogate pair, which is no character
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(
@@ -210,12 +215,12 @@ def standard_input() -> Corpus:
 
 def hub_dataset(name: str, config: str = "", split: str = "train") -> Corpus:
     """The key "text" of a dataset on the Hugging Face hub, or in a folder of its format."""
-    if not name:
-        raise ValueError(f"{HUB} needs the name of a dataset: {HUB}owner/name")
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(f"{HUB}{name} needs the package datasets: pip install datasets") from None
+    if "/" not in name and not (name and Path(name).is_dir()):
+        raise ValueError(f"{HUB}{name}: name a dataset, {HUB}owner/name, or a folder that exists")
 
     def texts() -> Iterator[str]:
         try:

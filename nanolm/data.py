@@ -28,9 +28,9 @@ from nanolm.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
-from nanolm.workers import batches, in_order
+from nanolm.workers import bundles, in_order
 
-FORMAT = 1  # of meta.json
+FORMAT = 2  # of meta.json
 SEAL = "meta.json"
 SPLITS = ("train", "val")
 DATA_DIR = Path("data")
@@ -87,14 +87,21 @@ def prepare(
     for key, value in (("tokenizer_bytes", tokenizer_bytes), ("processes", processes)):
         if value < 1:
             raise ValueError(f"{key}={value}: must be at least 1")
-    spec = tokenizer or (known.tokenizer if known else CharTokenizer.name)
+    default = known.tokenizer if known else CharTokenizer.name
+    spec = default if tokenizer is None else tokenizer
     check_spec(spec)
-    corpus = known.corpus(folder) if known else find_corpus(inputs)
-    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes, processes=processes)
-    if known and made.name != known.tokenizer:
+    if (
+        known
+        and spec != known.tokenizer
+        and not (known.tokenizer == "gpt2" and Path(spec).exists())
+    ):
         raise ValueError(
             f"tokenizer={spec!r}: {name} goes with {known.tokenizer}; leave the key out"
         )
+    corpus = known.corpus(folder) if known else find_corpus(inputs)
+    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes, processes=processes)
+    if known and made.name != known.tokenizer:
+        raise ValueError(f"{name} goes with {known.tokenizer}, and this would be {made.name}")
     write_dataset(folder, corpus, made, val_fraction=val_fraction, processes=processes)
     return folder
 
@@ -111,7 +118,9 @@ def dataset_folder(name: str) -> Path:
 
 def check_spec(spec: str) -> None:
     """Raise ValueError where make_tokenizer knows no such tokenizer."""
-    if spec in ("char", "gpt2") or re.fullmatch(r"bpe:\d+", spec) or Path(spec).exists():
+    if spec in ("char", "gpt2") or re.fullmatch(r"bpe:\d{1,9}", spec):
+        return
+    if spec and (Path(spec).is_file() or Path(spec).is_dir()):
         return
     raise ValueError(
         f"tokenizer={spec!r}: choose char, bpe:N (with N tokens, say bpe:4096), gpt2, or the path "
@@ -169,6 +178,7 @@ def write_dataset(
             size = sum(int(token_bytes[ids].sum()) for ids in read_ids(path, dtype))
             meta[split] = {"tokens": length, "bytes": size, "sha256": sha256(path)}
         tokenizer.save(scratch / TOKENIZER_FILE)
+        meta["tokenizer_sha256"] = sha256(scratch / TOKENIZER_FILE)
         write_text(scratch / SEAL, json.dumps(meta, indent=2) + "\n")
 
 
@@ -176,24 +186,33 @@ def encode_corpus(
     corpus: Corpus, tokenizer: Tokenizer, path: Path, dtype: np.dtype, *, processes: int
 ) -> int:
     """Write the ids of all documents into one file; returns how many."""
-    encode = partial(encode_parts, tokenizer=tokenizer, dtype=dtype)
-    work = batches(corpus.read("encoding"), size=lambda part: len(part.text))
+    encode = partial(encode_parts, tokenizer=tokenizer, sizes=bytes_per_id(tokenizer), dtype=dtype)
+    work = bundles(corpus.read("encoding"), size=lambda part: len(part.text))
     n = 0
     with open(path, "wb") as file:
         for ids in in_order(encode, work, processes=processes):
-            ids.tofile(file)
+            file.write(ids.tobytes())
             n += len(ids)
     return n
 
 
-def encode_parts(parts: Iterable[Part], *, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
-    """The ids of consecutive parts, and end_of_text after each document."""
+def encode_parts(
+    parts: Iterable[Part], *, tokenizer: Tokenizer, sizes: np.ndarray, dtype: np.dtype
+) -> np.ndarray:
+    """The ids of consecutive parts, and end_of_text after each document.
+
+    sizes: bytes per id. Raises ValueError where the ids hold more or less than the text, as with a
+    pattern that no check has seen through.
+    """
     ids = []
     for text, last in parts:
         ids += tokenizer.encode(text)
         if last and tokenizer.end_of_text is not None:
             ids.append(tokenizer.end_of_text)
-    return np.array(ids, dtype)
+    ids = np.array(ids, dtype)
+    if sizes[ids].sum() != sum(len(text.encode()) for text, _ in parts):
+        raise ValueError(f"the tokenizer {tokenizer.name} does not keep the text: use another")
+    return ids
 
 
 def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:
@@ -271,7 +290,8 @@ def read_meta(folder: Path, way_out: str) -> dict:
         counts = [meta[split][key] for split in SPLITS for key in ("tokens", "bytes")]
         right = meta["format"] == FORMAT and all(isinstance(n, int) and n > 0 for n in counts)
         right = right and np.dtype(meta["dtype"]) == narrowest_dtype(meta["vocab_size"])
-        texts = [meta["tokenizer"], meta["source"], *(meta[split]["sha256"] for split in SPLITS)]
+        texts = [meta[key] for key in ("source", "tokenizer", "tokenizer_sha256")]
+        texts += [meta[split]["sha256"] for split in SPLITS]
         right = right and all(isinstance(text, str) for text in texts)
     except (ValueError, TypeError, KeyError, RecursionError):
         right = False
@@ -291,9 +311,10 @@ def check_dataset(name: str) -> dict:
             f"no dataset in {dataset_folder(name)}: {prepare_command(name)} makes it"
         )
     dataset = open_dataset(name)
-    for split in SPLITS:
-        path = dataset.folder / f"{split}.bin"
-        if sha256(path) != dataset.meta[split]["sha256"]:
+    wanted = {f"{split}.bin": dataset.meta[split]["sha256"] for split in SPLITS}
+    for file, fingerprint in {**wanted, TOKENIZER_FILE: dataset.meta["tokenizer_sha256"]}.items():
+        path = dataset.folder / file
+        if sha256(path) != fingerprint:
             raise ValueError(
                 f"{path} has changed since it was prepared (its sha256 differs from {SEAL}): "
                 f"prepare it again: {prepare_command(name)}"

@@ -12,6 +12,8 @@ folder is whole exactly when its seal is there.
 import hashlib
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,13 +100,37 @@ def whole_folder(folder: str | Path, *, seal: str) -> Iterator[Path]:
                 sync(path)
                 if (folder / path.name).is_dir():
                     raise ValueError(f"{folder / path.name} is a folder: remove it first")
-            (folder / seal).unlink(missing_ok=True)
-            sync(folder)
-            for path in sorted(scratch.iterdir(), key=lambda path: path.name == seal):
-                os.replace(path, folder / path.name)
-            sync(folder)
+            with interrupts_held_back():  # from here on there is no old one to go back to
+                (folder / seal).unlink(missing_ok=True)
+                sync(folder)
+                for path in sorted(scratch.iterdir(), key=lambda path: path.name == seal):
+                    os.replace(path, folder / path.name)
+                sync(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C wait until the block ends; a process that starts in it never hears of any.
+
+    (The terminal sends Ctrl-C to all processes, and only the first one has an answer.)
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *signal_and_frame: came.append(signal_and_frame))
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows; processes inherit the mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else None
+    try:
+        yield
+    finally:
+        if masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(*came[0])
 
 
 @contextmanager

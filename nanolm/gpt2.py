@@ -31,9 +31,10 @@ def read(path: Path) -> dict[bytes, int]:
 
 
 def byte_of_character() -> dict[str, int]:
-    """The byte behind each character of a token in GPT-2's files, which hold no blanks.
+    """GPT-2's spelling of bytes: the byte behind each character of a token in its files.
 
-    What Latin-1 can print stands for itself; the other bytes are the characters from U+0100 on.
+    What Latin-1 can print stands for itself; other bytes are the characters from U+0100 on, so
+    that no token holds a blank.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in printable]

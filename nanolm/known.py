@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nanolm.corpus import Corpus, documents, read_parts
 from nanolm.files import made_folder, sha256, whole_file
+from nanolm.workers import progress
 
 
 def pydocs(folder: Path) -> Corpus:
-    """English prose that comes with Python: its reference, and the library's docstrings."""
+    """English prose that comes with Python: its reference, and the library's docstrings.
+
+    (It needs no folder.)
+    """
     texts = pydocs_documents()  # it takes seconds, and little memory
     return Corpus(
         f"the documentation in Python {platform.python_version()}",
@@ -59,15 +61,8 @@ def standard_library_docstrings() -> Iterator[str]:
     The files are parsed, not imported.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-    }
+    skipped = {"site-packages", "dist-packages", "test", "tests"}
+    skipped |= {"idlelib", "lib2to3", "pydoc_data"}
     seen = set()
     for path in sorted(library.rglob("*.py")):
         if skipped.intersection(path.relative_to(library).parts):
@@ -128,7 +123,7 @@ def download(url: str, path: Path, *, size: int, sha256_wanted: str, timeout: fl
     try:
         with (
             urllib.request.urlopen(url, timeout=timeout) as response,
-            tqdm(total=size, unit="B", unit_scale=True, delay=1, disable=None) as bar,
+            progress(total=size, unit="B", unit_scale=True) as bar,
             made_folder(path.parent),
             whole_file(path) as file,
         ):

@@ -20,6 +20,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import regex
 import tiktoken
@@ -29,16 +31,16 @@ from nanolm.bpe import (
     GPT2_SPLIT,
     N_BYTES,
     compiled,
-    complete,
     count_pieces,
     cut_long_blanks,
-    encode_naive,
+    encode_piece,
     learn_merges,
     split,
     tokens_of,
+    with_fallback,
 )
 from nanolm.files import write_text
-from nanolm.workers import batches, in_order, n_cores
+from nanolm.workers import bundles, in_order, n_cores
 
 FORMAT = 1  # of the JSON file
 TOKENIZER_FILE = "nanolm_tokenizer.json"  # its name in the folder of a dataset or of a run
@@ -56,11 +58,15 @@ class CharTokenizer:
         """characters: the alphabet; order and repetition do not matter."""
         self.characters = sorted(set(characters))
         self.ids = {character: i for i, character in enumerate(self.characters)}
+        self.texts = dict(enumerate(self.characters))
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> "CharTokenizer":
         """The tokenizer of all characters that occur in the texts."""
-        return cls(set().union(*texts))
+        characters = set()
+        for text in texts:
+            characters.update(text)
+        return cls(characters)
 
     @property
     def vocab_size(self) -> int:
@@ -69,7 +75,7 @@ class CharTokenizer:
     def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
         """Ids of the text, one per character. Raises ValueError at a character without one.
 
-        There are no special tokens to allow: allowed_special is there for the tokenizers alike.
+        allowed_special has no meaning here: both tokenizers are called alike.
         """
         try:
             return [self.ids[character] for character in text]
@@ -82,8 +88,8 @@ class CharTokenizer:
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids."""
-        return "".join(self.characters[i] for i in ids)
+        """The text of the ids. Raises ValueError for an unknown id."""
+        return "".join(look_up(self.texts, ids))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The text of the ids in UTF-8; for characters, always whole ones."""
@@ -97,6 +103,9 @@ class CharTokenizer:
     @classmethod
     def from_json(cls, content: dict) -> "CharTokenizer":
         """The tokenizer of what save has written."""
+        if not isinstance(content["characters"], str):
+            raise ValueError("the characters must be one string")
+        check_characters(content["characters"])
         return cls(content["characters"])
 
     def __eq__(self, other: object) -> bool:
@@ -123,6 +132,8 @@ class BPETokenizer:
         """
         self.ranks, self.special_tokens = dict(ranks), dict(special_tokens)
         self.pattern, self.name = pattern, name or f"bpe:{self.vocab_size}"
+        if not isinstance(self.name, str) or not self.name.isprintable():
+            raise ValueError(f"name={name!r}: must be printable text")
         ids = [*self.ranks.values(), *self.special_tokens.values()]
         if sorted(ids) != list(range(len(ids))) or not all(isinstance(i, int) for i in ids):
             raise ValueError(f"{len(ids)} tokens need the ids 0 to {len(ids) - 1}, each once")
@@ -151,7 +162,7 @@ class BPETokenizer:
         """
         special_tokens = list(dict.fromkeys(special_tokens))
         n_fixed = N_BYTES + len(special_tokens)
-        if not n_fixed <= vocab_size <= sys.maxunicode:
+        if not isinstance(vocab_size, int) or not n_fixed <= vocab_size <= sys.maxunicode:
             raise ValueError(
                 f"vocab_size={vocab_size}: choose at least {n_fixed} ({N_BYTES} for the bytes and "
                 f"{len(special_tokens)} for special tokens) and at most {sys.maxunicode}"
@@ -161,7 +172,7 @@ class BPETokenizer:
         compiled(pattern)
         counts = Counter()
         count = partial(count_pieces, pattern=pattern)
-        for part in in_order(count, batches(texts), processes=processes):
+        for part in in_order(count, bundles(texts), processes=processes):
             counts.update(part)
         merges = learn_merges(counts, vocab_size - n_fixed)
         tokens = tokens_of(merges)
@@ -186,8 +197,8 @@ class BPETokenizer:
             ranks = gpt2.read(Path(folder) / gpt2.FILE) if folder else gpt2.download()
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"cannot get GPT-2's vocabulary ({error}); try again, or name a folder that holds "
-                f"its {gpt2.FILE}: --tokenizer=FOLDER"
+                f"cannot get GPT-2's vocabulary ({shorten(str(error), 120)}); try again, or name "
+                f"a folder that holds its {gpt2.FILE}: python prepare.py NAME --tokenizer=FOLDER"
             ) from None
         return cls(ranks, {END_OF_TEXT: len(ranks)}, name="gpt2")
 
@@ -208,19 +219,22 @@ class BPETokenizer:
         for half a surrogate pair, which is no character.
         """
         ids = []
-        for part in self._parts(text, allowed_special):
-            ids += [part] if isinstance(part, int) else self._engine.encode_ordinary(part)
+        for stretch in self._stretches(text, allowed_special):
+            if isinstance(stretch, int):
+                ids.append(stretch)
+            else:
+                ids += self._engine.encode_ordinary(stretch)
         return ids
 
     def encode_naive(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
         """The same by the textbook: cut into pieces, and merge in each the lowest rank first."""
         ids = []
-        for part in self._parts(text, allowed_special):
-            if isinstance(part, int):
-                ids.append(part)
+        for stretch in self._stretches(text, allowed_special):
+            if isinstance(stretch, int):
+                ids.append(stretch)
             else:
-                for piece in split(part, self.pattern):
-                    ids += encode_naive(piece, self.ranks)
+                for piece in split(stretch, self.pattern):
+                    ids += encode_piece(piece, self.ranks)
         return ids
 
     def encode_batch(
@@ -230,7 +244,7 @@ class BPETokenizer:
         with ThreadPoolExecutor(n_cores()) as threads:
             return list(threads.map(partial(self.encode, allowed_special=allowed_special), texts))
 
-    def _parts(self, text: str, allowed_special: Collection[str]) -> Iterator[str | int]:
+    def _stretches(self, text: str, allowed_special: Collection[str]) -> Iterator[str | int]:
         """What stands between the special tokens that are allowed, and these as ids."""
         check_characters(text)
         allowed = list(self.special_tokens if allowed_special == "all" else allowed_special)
@@ -247,24 +261,19 @@ class BPETokenizer:
 
     @cached_property
     def _engine(self) -> tiktoken.Encoding:
-        pattern = complete(self.pattern)
+        pattern = with_fallback(self.pattern)
         return tiktoken.Encoding(
             self.name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
         )
 
     @cached_property
-    def _texts(self) -> dict[int, bytes]:
+    def _bytes(self) -> dict[int, bytes]:
         special = {i: text.encode() for text, i in self.special_tokens.items()}
         return {i: token for token, i in self.ranks.items()} | special
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ids; one character may need several. ValueError for an unknown id."""
-        try:
-            return b"".join([self._texts[i] for i in ids])
-        except KeyError as error:
-            raise ValueError(
-                f"id {error.args[0]} is outside the vocabulary of {self.vocab_size}"
-            ) from None
+        """The bytes of the ids, maybe parts of characters. Raises ValueError for an unknown id."""
+        return b"".join(look_up(self._bytes, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
@@ -300,6 +309,16 @@ Tokenizer = CharTokenizer | BPETokenizer
 KINDS = {"char": CharTokenizer, "bpe": BPETokenizer}
 
 
+def look_up(table: Mapping[int, Any], ids: Iterable[int]) -> list:
+    """What the table has for each id. Raises ValueError where it has nothing."""
+    try:
+        return [table[i] for i in ids]
+    except KeyError as error:
+        raise ValueError(
+            f"id {error.args[0]} is outside the vocabulary of {len(table)} tokens"
+        ) from None
+
+
 def check_characters(text: str) -> None:
     """Raise ValueError where a text has no UTF-8."""
     try:
@@ -322,23 +341,22 @@ def cut_out(names: Collection[str], text: str) -> list[str]:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer that save has written, from its file or from the folder that holds it.
 
-    A folder of GPT-2's own files is welcome, too. Raises ValueError where there is none.
+    GPT-2's own encoder.json or its folder is welcome, too. Raises ValueError where there is none.
     """
     path = Path(path)
     if path.is_dir():
-        if (path / gpt2.FILE).exists() and not (path / TOKENIZER_FILE).exists():
-            return BPETokenizer.gpt2(path)
-        path = path / TOKENIZER_FILE
+        names = (TOKENIZER_FILE, gpt2.FILE)
+        path = path / next((name for name in names if (path / name).exists()), TOKENIZER_FILE)
+    if path.name == gpt2.FILE:
+        return BPETokenizer.gpt2(path.parent)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError
         return KINDS[content["kind"]].from_json(content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(
-            f"{path} is missing, or no tokenizer of this version of nanolm: prepare the text "
-            "again, or name another"
-        ) from None
+        what = "is no tokenizer of this version of nanolm" if path.exists() else "is missing"
+        raise ValueError(f"{path} {what}: prepare the text again, or name another") from None
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

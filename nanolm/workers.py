@@ -5,18 +5,21 @@ caller's choice; what is only one item of work is done here, without starting an
 """
 
 import os
-import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any
 
-BATCH = 2**20  # characters of text that a process gets at once
+from tqdm import tqdm
+
+from nanolm.files import interrupts_held_back
+
+BUNDLE = 2**20  # characters of text that a process gets at once
 
 
 def in_order(
@@ -30,7 +33,7 @@ def in_order(
     """
     items = iter(items)
     first = list(islice(items, 2))
-    if processes == 1 or len(first) < 2:
+    if processes <= 1 or len(first) < 2:
         yield from map(function, chain(first, items))
         return
     # A fresh interpreter for each ("spawn"): a fork would copy locks that other threads hold.
@@ -48,26 +51,11 @@ def in_order(
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise ValueError(
-            "a worker process was killed, perhaps for want of memory: try again with --processes=1"
+            "a worker process has died, perhaps for want of memory: try again with --processes=1 "
+            '(in a script of yours: processes=1, or all below `if __name__ == "__main__":`)'
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Let Ctrl-C wait until the block ends; a process that starts in it never hears of any.
-
-    (The terminal sends Ctrl-C to all processes, and only the first one has an answer.)
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def begin_work(function: Callable[[Any], Any]) -> None:
@@ -93,14 +81,19 @@ def n_cores() -> int:
     return os.cpu_count() or 1
 
 
-def batches(items: Iterable, *, size: Callable[[Any], int] = len) -> Iterator[list]:
-    """Items in lists of about BATCH, as size measures them; a larger one is alone in its list."""
-    batch, total = [], 0
+def bundles(items: Iterable, *, size: Callable[[Any], int] = len) -> Iterator[list]:
+    """Items in lists of up to BUNDLE, as size measures them; a larger one is alone in its list."""
+    bundle, total = [], 0
     for item in items:
-        if batch and total + size(item) > BATCH:
-            yield batch
-            batch, total = [], 0
-        batch.append(item)
+        if bundle and total + size(item) > BUNDLE:
+            yield bundle
+            bundle, total = [], 0
+        bundle.append(item)
         total += size(item)
-    if batch:
-        yield batch
+    if bundle:
+        yield bundle
+
+
+def progress(**options: Any) -> tqdm:
+    """A bar for long work: only on a terminal, and after a second."""
+    return tqdm(**options, delay=1, disable=True if sys.stderr is None else None)

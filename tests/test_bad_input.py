@@ -68,6 +68,11 @@ def flip(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
+def capitals(data: bytes) -> bytes:
+    """A tokenizer of characters with others in place of some."""
+    return data.replace(b"w", b"W")
+
+
 def without_fingerprints(data: bytes) -> bytes:
     content = json.loads(data)
     del content["train"]["sha256"]
@@ -115,6 +120,7 @@ def tokenizer(spec: str) -> tuple[str, ...]:
 
 
 AGAIN = "prepare it again"
+TOKENS = "data/tiny/nanolm_tokenizer.json"
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 no_wandb = pytest.mark.skipif(
     importlib.util.find_spec("wandb") is not None, reason="wandb is installed"
@@ -168,9 +174,11 @@ ROWS = [
     row("short text", write("new.txt", "abc"), prepare_text(), "too short", "each split needs 2"),
     row("not UTF-8", write("new.txt", b"ab\xff"), prepare_text(), "new.txt", "byte 2", "convert"),
     row("bad line", write("new.txt/a.jsonl", "{}"), prepare_text(), "a.jsonl, line 1", '"text"'),
+    row("empty input", nothing, ("prepare", "new", "--input="), "--input is empty"),
     row("no stdin", nothing, ("prepare", "new", "--input", "-"), "empty text in standard input"),
     row("no hub", nothing, ("prepare", "new", "--input", "hf:no/such/folder"), "no/such/folder"),
     row("tokenizer", some_text, tokenizer("magic"), "'magic'", "char, bpe:N"),
+    row("empty tokenizer", some_text, tokenizer(""), "tokenizer=''", "char, bpe:N"),
     row("bpe no number", some_text, tokenizer("bpe:abc"), "'bpe:abc'", "char, bpe:N"),
     row("bpe below 0", some_text, tokenizer("bpe:-5"), "'bpe:-5'", "char, bpe:N"),
     row("bpe 0", some_text, tokenizer("bpe:0"), "vocab_size=0", "at least 257"),
@@ -178,6 +186,7 @@ ROWS = [
     row("no tokenizer", some_text, tokenizer("new.txt"), "new.txt", "no tokenizer", "another"),
     row("no tokenizer in", some_text, tokenizer("data"), "data/nanolm_tokenizer.json", "another"),
     row("foreign", write("new.txt", "\u20ac" * 9), tokenizer("data/tiny"), "'\u20ac'", "use only"),
+    row("known", nothing, ("prepare", "pydocs", "--tokenizer=char"), "'char'", "pydocs goes with"),
     row("learn 0", some_text, prepare_text("--tokenizer_bytes=0"), "tokenizer_bytes=0", "least 1"),
     row("processes", some_text, prepare_text("--processes=0"), "processes=0", "at least 1"),
     row("fraction 0", write("new.txt", "a" * 99), prepare_text("--val_fraction=0"), "above 0"),
@@ -186,6 +195,7 @@ ROWS = [
     row("check nothing", nothing, ("prepare", "new", "--check"), "data/new", "prepare.py new"),
     row("flip", change("data/tiny/train.bin", flip), ("prepare", "tiny", "--check"), AGAIN),
     row("flip val", change("data/tiny/val.bin", flip), ("prepare", "tiny", "--check"), AGAIN),
+    row("other tokens", change(TOKENS, capitals), ("prepare", "tiny", "--check"), TOKENS, AGAIN),
     row("no source", meta(source=None), ("prepare", "tiny", "--check"), "meta.json", AGAIN),
     row(
         "no fingerprint",
@@ -211,8 +221,8 @@ ROWS = [
     row("meta vocabulary", meta(vocab_size=7), TRAIN, "7", AGAIN),
     row("meta without dtype", meta(dtype=None), TRAIN, "meta.json", AGAIN),
     row("meta without train", meta(train=None), TRAIN, "meta.json", AGAIN),
-    row("tokens", write("data/tiny/nanolm_tokenizer.json", "{"), TRAIN, "tokenizer", "again"),
-    row("no tokens", remove("data/tiny/nanolm_tokenizer.json"), TRAIN, "tokenizer", "again"),
+    row("tokens", write(TOKENS, "{"), TRAIN, "tokenizer", "again"),
+    row("no tokens", remove(TOKENS), TRAIN, "tokenizer", "again"),
     # runs
     row("below a file", nothing, train("--out_dir=text.txt/a"), "'text.txt/a'", "--out_dir"),
     row("is a file", nothing, train("--out_dir=text.txt"), "out_dir='text.txt'", "--out_dir"),

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from nanolm.known import KnownDataset
 from nanolm.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 
 BPE = BPETokenizer.train([TEXT], 300)
+END_FIRST = BPETokenizer({token: i + 1 for token, i in BPE.ranks.items()}, {END_OF_TEXT: 0})
 
 
 @given(st.integers(1, 2**31))
@@ -84,13 +86,14 @@ def texts_here(workplace) -> Path:
         max_size=5,
     ),
     val_fraction=st.floats(0.05, 0.95),
-    kind=st.sampled_from(["char", "bpe"]),
+    tokenizer=st.sampled_from([None, BPE, END_FIRST]),
 )
 def test_a_dataset_is_the_encoded_documents_each_with_its_end(
-    tmp_path_factory, texts, val_fraction, kind
+    tmp_path_factory, texts, val_fraction, tokenizer
 ):
     """Characters have no token for that end, and in a text its name is ordinary characters."""
-    tokenizer = CharTokenizer.train(texts) if kind == "char" else BPE
+    n_ends = sum(map(bool, texts)) if tokenizer else 0
+    tokenizer = tokenizer or CharTokenizer.train(texts)
     ids = encoded(tokenizer, texts)
     cut = int(len(ids) * (1 - val_fraction))
     assume(cut >= 2 and len(ids) - cut >= 2)
@@ -100,29 +103,30 @@ def test_a_dataset_is_the_encoded_documents_each_with_its_end(
         dataset = open_dataset("x")
         assert check_dataset("x") == dataset.meta
     assert (dataset.train.tolist(), dataset.val.tolist()) == (ids[:cut], ids[cut:])
-    assert ids.count(tokenizer.end_of_text) == (sum(map(bool, texts)) if kind == "bpe" else 0)
-    text_bytes = 0
+    assert ids.count(tokenizer.end_of_text) == n_ends
     for split in SPLITS:
         tokens = [i for i in getattr(dataset, split).tolist() if i != tokenizer.end_of_text]
         assert dataset.meta[split]["tokens"] == len(getattr(dataset, split))
         assert dataset.meta[split]["bytes"] == len(tokenizer.decode_bytes(tokens))
-        text_bytes += dataset.meta[split]["bytes"]
-    assert text_bytes == len("".join(texts).encode())
+    whole = sum(dataset.meta[split]["bytes"] for split in SPLITS)
+    assert whole == len("".join(texts).encode())
     assert dataset.bytes_per_token == dataset.meta["val"]["bytes"] / len(dataset.val)
 
 
 def test_blocks_batches_and_processes_do_not_change_a_dataset(workplace, monkeypatch):
     Path("a.txt").write_text(TEXT)
-    Path("b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in [TEXT] * 3))
-    made = []
+    Path("b.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 3)
+    pool, made = Mock(wraps=workers.ProcessPoolExecutor), []
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
     for small, processes in [(False, 1), (True, 1), (True, 2)]:
         if small:
             monkeypatch.setattr(corpus, "BLOCK", 99)
-            monkeypatch.setattr(workers, "BATCH", 199)
+            monkeypatch.setattr(workers, "BUNDLE", 199)
         inputs = ("a.txt", "b.jsonl")
         made.append(content(prepare("x", inputs=inputs, tokenizer="bpe:300", processes=processes)))
     assert all_ids(open_dataset("x")) == encoded(BPE, [TEXT] * 4)
     assert made[0] == made[1] == made[2]
+    assert [call.args[0] for call in pool.call_args_list] == [2, 2]  # to learn, and to encode
 
 
 def test_the_meta_file_tells_where_the_text_is_from(texts_here):
@@ -155,7 +159,7 @@ def test_a_tokenizer_learns_from_the_first_bytes_alone(texts, inside):
 
 @pytest.mark.parametrize("path", ["data/first", "data/first/nanolm_tokenizer.json"])
 def test_a_dataset_can_take_over_the_tokenizer_of_another(path, texts_here):
-    prepare("first", inputs=("a.txt",), tokenizer="bpe:259")
+    prepare("first", inputs=("a.txt", "b.txt"), tokenizer="bpe:259", tokenizer_bytes=18)
     prepare("second", inputs=("b.txt",), tokenizer=path)
     dataset = open_dataset("second")
     assert dataset.tokenizer == BPETokenizer.train(["to be or not to be"], 259)
@@ -175,13 +179,15 @@ def test_a_run_can_continue_with_another_text_and_its_own_tokenizer(tiny_run, ru
 
 
 @pytest.fixture
-def known_dataset(workplace, monkeypatch):
-    """A known dataset of characters, named tiny."""
-    known = {"tiny": KnownDataset(lambda folder: corpus_of("to be or not to be"), "char")}
+def known_datasets(workplace, monkeypatch):
+    """Two known datasets: tiny, of characters, and words, of GPT-2's tokens."""
+    text = corpus_of("to be or not to be")
+    known = {"tiny": KnownDataset(lambda _: text, "char")}
+    known["words"] = KnownDataset(lambda _: text, "gpt2")
     monkeypatch.setattr(data, "KNOWN_DATASETS", known)
 
 
-def test_a_known_dataset_is_prepared_on_first_use(known_dataset):
+def test_a_known_dataset_is_prepared_on_first_use(known_datasets):
     assert open_dataset("tiny").meta["source"] == "a test"
     meta = Path("data/tiny/meta.json")
     meta.write_text(meta.read_text().replace('"char"', '"other"'))
@@ -189,15 +195,26 @@ def test_a_known_dataset_is_prepared_on_first_use(known_dataset):
         open_dataset("tiny")
 
 
-def test_a_known_dataset_keeps_its_tokenizer(known_dataset):
-    BPE.save("bpe.json")
-    for other in ("bpe:258", "bpe.json"):
-        with pytest.raises(ValueError, match=f"'{other}': tiny goes with char; leave the key out"):
-            prepare("tiny", tokenizer=other)
+def test_a_tokenizer_that_loses_text_is_found_out(workplace):
+    """A pattern can leave characters out in ways that no look at it tells."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    losing = BPETokenizer(ranks, pattern=r"(?=\u4e2d)|(?s:.)")
+    with pytest.raises(ValueError, match="bpe:256 does not keep the text"):
+        write_dataset(Path("data/x"), corpus_of("abc\u4e2d" * 9), losing, val_fraction=0.5)
     assert not Path("data").exists()
-    before = content(prepare("tiny"))
-    assert content(prepare("tiny", tokenizer="char")) == before
-    assert content(prepare("tiny", tokenizer="data/tiny")) == before
+
+
+def test_a_known_dataset_keeps_its_tokenizer(known_datasets):
+    BPE.save("bpe.json")
+    for name, other, said in [
+        ("tiny", "bpe:258", "tokenizer='bpe:258': tiny goes with char; leave the key out"),
+        ("tiny", "bpe.json", "tokenizer='bpe.json': tiny goes with char; leave the key out"),
+        ("words", "bpe.json", "words goes with gpt2, and this would be bpe:300"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            prepare(name, tokenizer=other)
+    assert not Path("data").exists()
+    assert content(prepare("tiny", tokenizer="char")) == content(prepare("tiny"))
 
 
 # ------------------------------------------------------------------------------------------

@@ -348,6 +348,7 @@ def test_the_real_shakespeare_is_cut_as_nanogpt_cuts_it(test_data, workplace):
     prepare("shakespeare_char")
     dataset = open_dataset("shakespeare_char")
     assert (len(dataset.train), len(dataset.val)) == (1_003_854, 111_540)
+    assert dataset.meta["train"]["bytes"] == 1_003_854
     assert dataset.tokenizer.vocab_size == dataset.meta["vocab_size"] == 65
     assert dataset.tokenizer.decode(dataset.train[:14]) == "First Citizen:"
 

@@ -14,20 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanolm import workers
-from nanolm.workers import batches, in_order
+from nanolm.workers import bundles, in_order
 
 
-@pytest.mark.parametrize(("processes", "n"), [(1, 5), (2, 2), (2, 9), (3, 20)])
+@pytest.mark.parametrize(("processes", "n"), [(2, 2), (2, 9), (3, 20)])
 def test_results_are_those_of_map_in_order(processes, n):
     """Though the first item takes longer than the others."""
     items = [range(5 * 10**6), *map(range, range(20))][:n]
     assert list(in_order(sum, iter(items), processes=processes)) == list(map(sum, items))
 
 
-@pytest.mark.parametrize("n", [0, 1])
-def test_no_process_is_started_for_a_single_item(n, monkeypatch):
+@pytest.mark.parametrize(("processes", "n"), [(4, 0), (4, 1), (1, 5)])
+def test_no_process_is_started_for_one_alone_or_a_single_item(processes, n, monkeypatch):
     monkeypatch.setattr(workers, "ProcessPoolExecutor", None)
-    assert list(in_order(abs, [-7] * n, processes=4)) == [7] * n
+    assert list(in_order(abs, [-7] * n, processes=processes)) == [7] * n
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -57,7 +57,7 @@ def test_an_error_of_the_items_arrives_as_itself():
 
 
 def test_a_killed_worker_is_an_error_with_a_way_out():
-    with pytest.raises(ValueError, match=r"worker process was killed.* --processes=1"):
+    with pytest.raises(ValueError, match=r"worker process has died.* --processes=1"):
         list(in_order(os._exit, [1, 2, 3], processes=2))
 
 
@@ -81,11 +81,11 @@ for _ in in_order(time.sleep, [0, 30, 30, 30], processes=2):
 @given(st.lists(st.integers(0, 9)), st.integers(1, 12))
 def test_batches_are_the_items_each_within_its_size_or_alone(items, most):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "BATCH", most)
-        found = list(batches(iter(items), size=abs))
-        of_texts = list(batches(["a" * n for n in items]))
+        patch.setattr(workers, "BUNDLE", most)
+        found = list(bundles(iter(items), size=abs))
+        of_texts = list(bundles(["a" * n for n in items]))
     assert [[len(text) for text in batch] for batch in of_texts] == found
     assert [item for batch in found for item in batch] == items
-    assert all(sum(batch) <= most or len(batch) == 1 for batch in found)
+    assert all(batch and (sum(batch) <= most or len(batch) == 1) for batch in found)
     for batch, following in pairwise(found):
         assert sum(batch) + following[0] > most  # it had no room
