@@ -198,6 +198,9 @@ ROWS = [
     row("other tokens", change(TOKENS, capitals), ("prepare", "tiny", "--check"), TOKENS, AGAIN),
     row("no source", meta(source=None), ("prepare", "tiny", "--check"), "meta.json", AGAIN),
     row(
+        "no hash", meta(tokenizer_sha256=None), ("prepare", "tiny", "--check"), "meta.json", AGAIN
+    ),
+    row(
         "no fingerprint",
         change("data/tiny/meta.json", without_fingerprints),
         ("prepare", "tiny", "--check"),
