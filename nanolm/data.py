@@ -11,7 +11,7 @@ Text streams through in batches, which several processes encode, so that its siz
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,7 +165,9 @@ def write_dataset(
     }
     with whole_folder(folder, seal=SEAL) as scratch:
         train, val = (scratch / f"{split}.bin" for split in SPLITS)
-        n = encode_corpus(corpus, tokenizer, train, dtype, processes=processes)
+        sizes = bytes_per_id(tokenizer)
+        encode = partial(encode_parts, tokenizer=tokenizer, sizes=sizes, dtype=dtype)
+        n = encode_corpus(corpus, encode, train, processes=processes)
         cut = int(n * (1 - val_fraction))
         if cut < 2 or n - cut < 2:
             raise ValueError(
@@ -173,9 +175,8 @@ def write_dataset(
                 f"train on, {n - cut} to validate; each split needs 2, so give more --input"
             )
         move_tail(train, val, cut * dtype.itemsize)
-        token_bytes = bytes_per_id(tokenizer)
         for split, path, length in (("train", train, cut), ("val", val, n - cut)):
-            size = sum(int(token_bytes[ids].sum()) for ids in read_ids(path, dtype))
+            size = sum(int(sizes[ids].sum()) for ids in read_ids(path, dtype))
             meta[split] = {"tokens": length, "bytes": size, "sha256": sha256(path)}
         tokenizer.save(scratch / TOKENIZER_FILE)
         meta["tokenizer_sha256"] = sha256(scratch / TOKENIZER_FILE)
@@ -183,10 +184,9 @@ def write_dataset(
 
 
 def encode_corpus(
-    corpus: Corpus, tokenizer: Tokenizer, path: Path, dtype: np.dtype, *, processes: int
+    corpus: Corpus, encode: Callable[[list[Part]], np.ndarray], path: Path, *, processes: int
 ) -> int:
     """Write the ids of all documents into one file; returns how many."""
-    encode = partial(encode_parts, tokenizer=tokenizer, sizes=bytes_per_id(tokenizer), dtype=dtype)
     work = bundles(corpus.read("encoding"), size=lambda part: len(part.text))
     n = 0
     with open(path, "wb") as file:

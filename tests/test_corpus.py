@@ -19,14 +19,14 @@ from nanolm.tokenizer import BPETokenizer
 
 def joined(parts: Iterable[Part]) -> list[str]:
     """The documents, their parts put together."""
-    documents = [""]
+    texts = [""]
     for text, last in parts:
-        documents[-1] += text
+        texts[-1] += text
         if last:
-            documents.append("")
-    *documents, rest = documents
+            texts.append("")
+    *texts, rest = texts
     assert rest == ""  # each document has ended
-    return documents
+    return texts
 
 
 def read(*inputs: str) -> list[str]:

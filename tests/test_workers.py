@@ -79,13 +79,13 @@ for _ in in_order(time.sleep, [0, 30, 30, 30], processes=2):
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 12))
-def test_batches_are_the_items_each_within_its_size_or_alone(items, most):
+def test_bundles_are_the_items_each_within_its_size_or_alone(items, most):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "BUNDLE", most)
         found = list(bundles(iter(items), size=abs))
         of_texts = list(bundles(["a" * n for n in items]))
-    assert [[len(text) for text in batch] for batch in of_texts] == found
-    assert [item for batch in found for item in batch] == items
-    assert all(batch and (sum(batch) <= most or len(batch) == 1) for batch in found)
-    for batch, following in pairwise(found):
-        assert sum(batch) + following[0] > most  # it had no room
+    assert [[len(text) for text in bundle] for bundle in of_texts] == found
+    assert [item for bundle in found for item in bundle] == items
+    assert all(bundle and (sum(bundle) <= most or len(bundle) == 1) for bundle in found)
+    for bundle, following in pairwise(found):
+        assert sum(bundle) + following[0] > most  # it had no room
