@@ -1,9 +1,12 @@
 """Laws of `sample.py` with documents: a text ends where its document does."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import TINY
+
+from nanolm import sampling
 
 STORY = "Hi."
 
@@ -19,8 +22,13 @@ def storyteller(workplace, run_main, monkeypatch) -> None:
     assert (code, err) == (0, "")
 
 
-def test_a_sample_ends_with_its_document_and_a_prompt_may_begin_one(storyteller, run_main):
+def test_a_sample_ends_with_its_document_and_a_prompt_may_begin_one(
+    storyteller, run_main, monkeypatch
+):
     """The token that stands between documents is never written; as a prompt it is understood."""
+    generate = Mock(wraps=sampling.generate)
+    monkeypatch.setattr(sampling, "generate", generate)
     for start, rest in [("<|endoftext|>", STORY), (STORY[:1], STORY[1:]), (STORY, "")]:
         out = run_main("sample", f"--start={start}", "--temperature=0", "--num_samples=2")[1]
         assert out == f"{start}{rest}\n---------------\n" * 2
+    assert generate.call_args_list[0].args[1].tolist() == [[256]]  # and not its letters
