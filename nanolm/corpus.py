@@ -74,8 +74,8 @@ def find_corpus(inputs: Iterable[str]) -> Corpus:
     whose key "text" holds a document; a folder, for the files in and below it that end in one of
     TEXT_SUFFIXES, sorted, without hidden ones; "-" for standard input, one document; or
     "hf:NAME[:CONFIG[:SPLIT]]" for a dataset of the Hugging Face hub, or in a folder of its format.
-    Raises FileNotFoundError or ValueError for what is not there and, on reading, for what is no
-    text.
+    Raises FileNotFoundError or ValueError for a file or folder that is not there
+    and, on reading, for a dataset that is not and for what is no text.
     """
     corpora = [find_input(name) for name in inputs]
     sizes = [corpus.size for corpus in corpora]
