@@ -9,8 +9,8 @@ import torch
 
 from nanolm.config import load_config, run_script
 from nanolm.corpus import read_text
+from nanolm.engine import choose_engine, find_hardware
 from nanolm.folder import load_trained, newest_run
-from nanolm.parallel import choose_engine, find_hardware
 from nanolm.sampling import check_knobs, generate, until
 from nanolm.tokenizer import stream_text
 

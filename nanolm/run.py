@@ -16,6 +16,7 @@ import torch
 from nanolm import checkpoint, metrics
 from nanolm.batches import check_ids, evaluation_batches, training_batch, windows_per_epoch
 from nanolm.data import Dataset, open_dataset
+from nanolm.engine import Engine, choose_engine, find_hardware
 from nanolm.evaluation import bits_per_byte, evaluate, perplexity
 from nanolm.files import write_text
 from nanolm.folder import (
@@ -29,7 +30,6 @@ from nanolm.folder import (
 )
 from nanolm.model import GPT, count_parameters
 from nanolm.optim import OPTIMIZERS, parameter_groups
-from nanolm.parallel import Engine, choose_engine, find_hardware
 from nanolm.sampling import generate
 from nanolm.settings import TrainConfig
 from nanolm.tokenizer import TOKENIZER_FILE

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanolm.engine import Engine
 from nanolm.model import GPT
-from nanolm.parallel import Engine
 
 Batch = tuple[np.ndarray, np.ndarray]  # ids and targets, (B, T) each
 MAX_SKIPPED = 3  # non-finite updates in a row before a run gives up

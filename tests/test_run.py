@@ -84,7 +84,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(keys, tiny_run):
 def test_a_resumed_run_keeps_what_auto_chose(tiny_run, monkeypatch, capsys):
     """Also where it would choose otherwise now, as with a larger max_iters."""
     folder = train("--compile=auto")
-    monkeypatch.setattr("nanolm.parallel.COMPILE_FROM_FLOPS", {"float32": 0.0})
+    monkeypatch.setattr("nanolm.engine.COMPILE_FROM_FLOPS", {"float32": 0.0})
     train("--compile=auto", "--init_from=resume", "--max_iters=6")
     assert "not compiled (as the run began)" in capsys.readouterr().out
     assert json.loads((folder / "run.json").read_text())["engine"]["compile"] is False
@@ -191,9 +191,9 @@ def test_the_run_shows_itself(tiny_run, capsys):
 
 
 def test_a_compiled_first_step_is_announced(tiny_run, capsys, monkeypatch):
-    monkeypatch.setattr("nanolm.parallel.COMPILE_FROM_FLOPS", {"float32": 0.0})
+    monkeypatch.setattr("nanolm.engine.COMPILE_FROM_FLOPS", {"float32": 0.0})
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    monkeypatch.setattr("nanolm.parallel.shutil.which", lambda name: name)
+    monkeypatch.setattr("nanolm.engine.shutil.which", lambda name: name)
     train("--compile=auto")
     out = capsys.readouterr().out
     assert "the first steps take up to a minute, they compile" in out or "no C++ compiler" in out

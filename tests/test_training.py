@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanolm.engine import Engine
 from nanolm.model import GPT, ModelConfig
 from nanolm.optim import adamw, parameter_groups
-from nanolm.parallel import Engine
 from nanolm.training import TrainState, accumulate_gradients, dropout_seed, train, update
 
 CPU = Engine("cpu", "float32", compile=False)

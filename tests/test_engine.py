@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanolm.parallel import DTYPES, Engine, Hardware, choose_engine, find_hardware
+from nanolm.engine import DTYPES, Engine, Hardware, choose_engine, find_hardware
 
 LAPTOP = Hardware(threads=2, compiler=True)
 AMX = replace(LAPTOP, cpu_bf16=True)
