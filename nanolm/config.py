@@ -15,9 +15,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
+
+from nanolm.signals import Stopped, leaving_at_once
 
 LARGEST = sys.float_info.max
 OPERATORS = {
@@ -234,17 +237,23 @@ def help_text(cls: type) -> str:
 def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoReturn:
     """Run a script's main on the command line's words.
 
-    What the user can cause is one line and exit code 2.
+    What the user can cause is one line and exit code 2; a signal is one line and 128 + its number.
+    Of several processes that torchrun has started, the first one speaks.
     """
     arguments = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # no run ends because a terminal lacks a character
             stream.reconfigure(errors="backslashreplace")
     try:
-        if {"-h", "--help"}.intersection(arguments):
-            print(f"{usage}\n\n{help_text(cls)}")
-        else:
-            main(arguments)
+        with (
+            leaving_at_once(),
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(sys.stdout if is_first() else nowhere),
+        ):
+            if {"-h", "--help"}.intersection(arguments):
+                print(f"{usage}\n\n{help_text(cls)}")
+            else:
+                main(arguments)
         if sys.stdout:  # it may be closed
             sys.stdout.flush()
     except BrokenPipeError:  # the reader has left, as in `sample.py | head`
@@ -256,10 +265,16 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
         if not is_out_of_memory(error):
             raise
         sys.exit(complain(f"out of memory: make the batch or the model smaller ({error})"))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stop:
+        if is_first():
+            print(f"\n{stop}", file=sys.stderr)
+        sys.exit(128 + stop.number)
     sys.exit(0)
+
+
+def is_first() -> bool:
+    """Whether torchrun, if it has started this process, has started it as the first one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -269,6 +284,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def complain(error: Exception | str) -> int:
-    """Print an error as one line on stderr, and return the exit code for it."""
-    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    """Print an error as one line on stderr, and return the exit code for it.
+
+    What all processes raise is said by the first; what only one knows of has a note that names it.
+    """
+    notes = getattr(error, "__notes__", [])
+    if is_first() or notes:
+        print(" ".join(["error:", *str(error).splitlines(), *notes]), file=sys.stderr)
     return 2

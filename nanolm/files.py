@@ -12,12 +12,12 @@ folder is whole exactly when its seal is there.
 import hashlib
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from nanolm.signals import held_back
 
 try:
     import fcntl
@@ -43,15 +43,31 @@ def sync(path: str | Path) -> None:
 
 
 @contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let an error of the system name the file it is about: a full disk by itself does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def temporary_name(path: Path) -> Path:
+    """The name under which a file is written before it takes its own."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextmanager
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """Write a file that appears at path when the block ends well, and not at all if it raises.
 
     Yields a binary file. A file that stood at path before stays as it was until then.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # the next try replaces what a kill left
+    temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -59,6 +75,18 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a kill amid whole_file has left in a folder that no other process writes to."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Add to the end of a text file, as UTF-8. A kill can leave a part of the text."""
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -100,7 +128,7 @@ def whole_folder(folder: str | Path, *, seal: str) -> Iterator[Path]:
                 sync(path)
                 if (folder / path.name).is_dir():
                     raise ValueError(f"{folder / path.name} is a folder: remove it first")
-            with interrupts_held_back():  # from here on there is no old one to go back to
+            with held_back():  # from here on there is no old one to go back to
                 (folder / seal).unlink(missing_ok=True)
                 sync(folder)
                 for path in sorted(scratch.iterdir(), key=lambda path: path.name == seal):
@@ -108,29 +136,6 @@ def whole_folder(folder: str | Path, *, seal: str) -> Iterator[Path]:
                 sync(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Let Ctrl-C wait until the block ends; a process that starts in it never hears of any.
-
-    (The terminal sends Ctrl-C to all processes, and only the first one has an answer.)
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = []
-    before = signal.signal(signal.SIGINT, lambda *signal_and_frame: came.append(signal_and_frame))
-    masks = hasattr(signal, "pthread_sigmask")  # not on Windows; processes inherit the mask
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else None
-    try:
-        yield
-    finally:
-        if masks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, before)
-        if came and callable(before):
-            before(*came[0])
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanolm.files import interrupts_held_back
+from nanolm.signals import held_back
 
 BUNDLE = 2**20  # characters of text that a process gets at once
 
@@ -43,7 +43,7 @@ def in_order(
     pending = deque()
     try:
         for item in chain(first, items):
-            with interrupts_held_back():
+            with held_back():
                 pending.append(pool.submit(work, item))
             if len(pending) > 2 * processes:
                 yield pending.popleft().result()

@@ -1,0 +1,107 @@
+"""Signals: how a program is asked to leave or to save, and when it listens.
+
+A signal arrives between any two instructions. A program that is only reading or preparing leaves
+at once: the signal becomes an exception, and everything half-made is taken back on the way out.
+A training loop notes the signal instead, finishes its update, and answers then.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+
+STOP = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; a scheduler that wants the machine back
+SAVE = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # not on Windows
+SIGNALS = (*STOP, *SAVE)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has asked to leave. Shells expect 128 + its number as the exit code."""
+
+    def __init__(self, number: int, message: str | None = None):
+        super().__init__(message or f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextmanager
+def answered_by(
+    handler: Callable[[int, object], None], numbers: Collection[int]
+) -> Iterator[None]:
+    """Let handler(number, frame) answer these signals while the block runs."""
+    if threading.current_thread() is not threading.main_thread():  # only this one may decide
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Turn signals to stop into Stopped, and leave those to save unanswered."""
+
+    def leave(number, frame):
+        raise Stopped(number)
+
+    with answered_by(leave, STOP), answered_by(lambda *_: None, SAVE):
+        yield
+
+
+class Noted(set):
+    """The signals that came and wait for an answer."""
+
+    def take(self) -> set[int]:
+        """Those that came since the last call."""
+        taken = self.copy()
+        self -= taken
+        return taken
+
+
+@contextmanager
+def noting(*, say: bool) -> Iterator[Noted]:
+    """Only note the signals that come while the block runs; but a second Ctrl-C leaves at once.
+
+    say: answer the first ones with a line on stderr.
+    """
+    noted = Noted()
+
+    def note(number, frame):
+        noted.add(number)
+        if number == signal.SIGINT:  # the next needs no Python, which may be waiting for a GPU
+            signal.signal(number, signal.SIG_DFL)
+        if say and number in STOP:
+            again = " (Ctrl-C again leaves at once)" if number == signal.SIGINT else ""
+            line = f"\n{signal.Signals(number).name}: finishing this update, then saving{again}\n"
+            with suppress(OSError):  # print would fail where it interrupts another print
+                os.write(2, line.encode())
+
+    with answered_by(note, SIGNALS):
+        yield noted
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let signals to stop wait until the block ends; a process born in it never hears of any.
+
+    (The terminal sends Ctrl-C to all processes, and only the first one has an answer.)
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows; processes inherit the mask
+    try:
+        with answered_by(lambda number, frame: came.append(number), STOP):
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP) if masks else None
+            try:
+                yield
+            finally:
+                if masks:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    finally:
+        for number in came[:1]:
+            signal.raise_signal(number)
