@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from nanolm.checkpoint import BEST, load, load_best, load_newest, save, step_files
+from nanolm.checkpoint import BEST, FORMAT, load, load_best, load_newest, save, step_files
 
 
 def content(step: int) -> dict:
@@ -103,11 +103,11 @@ def test_a_bad_file_is_named_and_the_one_before_it_is_taken(kind, workplace):
     elif kind == "text":
         path.write_text("this is no checkpoint")
     elif kind == "other":
-        torch.save({"format": 2}, path)
+        torch.save({"format": FORMAT + 1}, path)
     elif kind == "pickle":
         path.write_bytes(pickle.dumps(Bomb()))
     elif kind == "code":
-        torch.save({"format": 1, "step": Bomb()}, path)
+        torch.save({"format": FORMAT, "step": Bomb()}, path)
     else:
         path.unlink()
         path.mkdir()
