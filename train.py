@@ -6,8 +6,8 @@ from typing import get_type_hints
 
 from nanolm.config import load_config, run_script, split_arguments
 from nanolm.folder import RUNS
-from nanolm.run import start_run
 from nanolm.settings import TrainConfig
+from nanolm.start import start_run
 
 DEFAULT = Path(__file__).parent / "config" / "pydocs.py"
 

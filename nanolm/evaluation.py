@@ -19,11 +19,14 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     autocast: Callable[[], torch.autocast],
+    add_up: Callable[..., list[float]] = lambda *numbers: list(numbers),
 ) -> float:
     """Mean loss over all targets that are not -1, in nats.
 
-    batches: ids and targets, (B, T) each, on the model's device. Draws no random numbers, and puts
-    the model back in the mode it was in. Raises ValueError where there is no target at all.
+    batches: ids and targets, (B, T) each, on the model's device; where several processes share
+    them, those of this one, and add_up gives the sums of its arguments over all processes. Draws
+    no random numbers, and puts the model back in the mode it was in. Raises ValueError where there
+    is no target at all.
     """
     was_training = model.training
     model.eval()
@@ -35,7 +38,7 @@ def evaluate(
         sums.append(torch.stack((loss * n, n)))
     model.train(was_training)
     sums = torch.stack(sums).tolist() if sums else [[0.0, 0.0]]
-    total, count = (math.fsum(column) for column in zip(*sums, strict=True))
+    total, count = add_up(*(math.fsum(column) for column in zip(*sums, strict=True)))
     if not count:
         raise ValueError("nothing to evaluate: no batch has a target")
     return total / count

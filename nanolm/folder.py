@@ -11,12 +11,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from nanolm import checkpoint
 from nanolm.data import SEAL, Dataset
-from nanolm.files import lock, made_folder, write_text
+from nanolm.files import lock, made_folder, remove_temporaries, write_text
 from nanolm.model import GPT, ModelConfig
 from nanolm.settings import MODEL_KEYS, SHAPE_KEYS, TrainConfig
 from nanolm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from nanolm.training import check_saved
 
 RUNS = Path("out")
 RUN_FILE, METRICS_FILE, PICTURE = "run.json", "metrics.jsonl", "loss.png"
@@ -43,18 +46,24 @@ def run_folder(path: str) -> Iterator[Path]:
                 "choose another with --out_dir=PATH"
             ) from None
         stack.enter_context(lock(folder))
+        remove_temporaries(folder)
         yield folder
 
 
-def find_start(config: TrainConfig, folder: Path) -> tuple[str, dict | None]:
+def find_start(
+    config: TrainConfig, folder: Path, *, restarted: bool = False
+) -> tuple[str, dict | None]:
     """What init_from asks for: ("scratch", None), or ("resume" | "weights", a checkpoint).
 
-    Raises ValueError or FileNotFoundError where that cannot be.
+    A run that torchrun has started again resumes, however it began. Raises ValueError or
+    FileNotFoundError where that cannot be.
     """
     steps, way = checkpoint.step_files(folder), config.init_from
     there = steps or (folder / checkpoint.BEST).exists()
-    if way == "auto":
-        way = "resume" if steps else "scratch"
+    if steps and (restarted or way == "auto"):
+        way = "resume"
+    elif way == "auto":
+        way = "scratch"
     if way not in ("scratch", "resume") and not (way and Path(way).is_dir()):
         raise ValueError(f"init_from={way!r}: choose scratch, resume, auto or the folder of a run")
     harmless = config.overwrite or (config.eval_only and way != "scratch")
@@ -66,10 +75,29 @@ def find_start(config: TrainConfig, folder: Path) -> tuple[str, dict | None]:
     if way == "scratch":
         return way, None
     resume = way == "resume"
-    saved, problems = checkpoint.load_newest(folder) if resume else checkpoint.load_best(way)
+    if resume:
+        saved, problems = checkpoint.load_newest(folder, check_content)
+    else:
+        saved, problems = checkpoint.load_best(way, check_content)
     for problem in problems:
         print(f"warning   {problem}; using another one")
     return ("resume" if resume else "weights"), saved
+
+
+def saved_model_config(saved: dict) -> ModelConfig:
+    """The model of a checkpoint; keys that are younger than it have their defaults."""
+    return ModelConfig(
+        **{key: saved["config"][key] for key in MODEL_KEYS if key in saved["config"]}
+    )
+
+
+def check_content(saved: dict) -> None:
+    """Raise ValueError or KeyError where a checkpoint does not hold what its config says."""
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(saved_model_config(saved))
+    check_saved(saved, model)
+    for key in ("engine", "text"):
+        saved[key]
 
 
 def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig:
@@ -78,7 +106,7 @@ def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig
     A resumed run keeps its model: keys that differ are an error, other changes are printed. A new
     run that starts from another's weights takes over their shape. Dropout may change either way.
     """
-    old, new = saved["config"], asdict(config)
+    old, new = {**saved["config"], **asdict(saved_model_config(saved))}, asdict(config)
     if way == "weights":
         for key in [key for key in SHAPE_KEYS if old[key] != new[key]]:
             print(f"taken     {key}: {old[key]!r} as in {config.init_from}, not {new[key]!r}")
@@ -116,10 +144,10 @@ def load_trained(folder: str | Path) -> tuple[GPT, Tokenizer, int]:
     folder = Path(folder)
     if not (folder / TOKENIZER_FILE).exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: train one with train.py")
-    saved, problems = checkpoint.load_best(folder)
+    saved, problems = checkpoint.load_best(folder, check_content)
     for problem in problems:
         print(f"warning: {problem}; using another one", file=sys.stderr)
-    model = GPT(ModelConfig(**{key: saved["config"][key] for key in MODEL_KEYS}))
+    model = GPT(saved_model_config(saved))
     model.load_state_dict(saved["model"])
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanolm.files import whole_file, write_text
+from nanolm.files import append_text, whole_file, write_text
 
 # Dense bf16/fp16 peak of a GPU, FLOP/s, from its data sheet; the first name that its own contains.
 PEAK_FLOPS = {
@@ -73,6 +73,7 @@ class Metrics:
 
     path: Path
     start: int  # the step to continue from: what the file says of later ones is forgotten
+    evaluated: int  # the last step evaluated before; the same holds
     max_iters: int
     eval_interval: int
     log_interval: int
@@ -82,7 +83,7 @@ class Metrics:
     also: tuple[Callable[[dict], None], ...] = ()  # called with each row
 
     def __post_init__(self):
-        start = {"loss": self.start, "val_loss": self.start + 1}
+        start = {"loss": self.start, "val_loss": self.evaluated + 1}
         rows = read_metrics(self.path)
         kept = [
             row for row in rows if all(row["step"] < start[key] for key in start if key in row)
@@ -124,8 +125,7 @@ class Metrics:
         self._write({"step": step, **losses})
 
     def _write(self, row: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(self.path, json.dumps(row) + "\n")
         for call in self.also:
             call(row)
 

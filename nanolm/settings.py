@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from nanolm.model import ModelConfig, require_at_least, require_choice, require_fraction
 from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate
+from nanolm.parallel import BACKENDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: precision of matrix products
     compile: bool | str = "auto"  # auto | True | False
+    backend: str = "auto"  # auto | nccl | gloo: how several processes talk to each other
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,6 +70,7 @@ class TrainConfig(ModelConfig):
         require_fraction(self, "beta1 beta2")
         require_choice("optimizer", self.optimizer, OPTIMIZERS)
         require_choice("schedule", self.schedule, SCHEDULES)
+        require_choice("backend", self.backend, ("auto", *BACKENDS))
 
     @property
     def tokens_per_update(self) -> int:

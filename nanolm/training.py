@@ -12,22 +12,32 @@ mean over all of them, however they are spread.
 
 Nothing here is remembered outside TrainState. The data of an update and the seed of its dropout
 follow from the step number; so a run that continues from a saved state is, to the last bit, the
-run that never stopped.
+run that never stopped. Several processes deal out the micro-batches of an update among them, and
+make the same update as one.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from nanolm.batches import NO_TARGET
 from nanolm.engine import Engine
 from nanolm.model import GPT
+from nanolm.optim import parameter_groups
+from nanolm.parallel import ALONE, Shared, World
+from nanolm.signals import SIGNALS, STOP, Noted, Stopped
 
 Batch = tuple[np.ndarray, np.ndarray]  # ids and targets, (B, T) each
 MAX_SKIPPED = 3  # non-finite updates in a row before a run gives up
+
+
+class NotFinite(Shared):
+    """Several updates in a row had a loss or a gradient that is not finite."""
 
 
 @dataclass
@@ -35,11 +45,12 @@ class TrainState:
     """All that training changes."""
 
     model: GPT
-    forward: Callable  # what training calls: the model itself, or the model compiled
+    forward: Callable  # what training calls: the model, compiled or not, shared or not
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # scales fp16 losses, so that small gradients do not vanish
     step: int = 0  # updates made
-    best_val_loss: float = math.inf
+    evaluated: int = -1  # the last step at which the model was evaluated
+    best_val_loss: float | None = None  # of all evaluations after step 0
     skipped: int = 0  # non-finite updates in a row, up to now
 
     def state_dict(self) -> dict:
@@ -49,6 +60,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
+            "evaluated": self.evaluated,
             "best_val_loss": self.best_val_loss,
             "skipped": self.skipped,
         }
@@ -62,8 +74,30 @@ class TrainState:
         for group, mine in zip(self.optimizer.param_groups, options, strict=True):
             group.update(mine)
         self.scaler.load_state_dict(saved["scaler"])
-        self.step, self.best_val_loss = saved["step"], saved["best_val_loss"]
-        self.skipped = saved["skipped"]
+        self.step, self.evaluated = saved["step"], saved["evaluated"]
+        self.best_val_loss, self.skipped = saved["best_val_loss"], saved["skipped"]
+
+
+def check_saved(saved: dict, model: GPT) -> None:
+    """Raise ValueError or KeyError where saved is not the state of training such a model."""
+    whole = {"step": int, "evaluated": int, "skipped": int, "best_val_loss": (float, type(None))}
+    for key, kind in {"model": dict, "optimizer": dict, "scaler": dict, **whole}.items():
+        if not isinstance(saved[key], kind):
+            raise ValueError(f"its {key} is a {type(saved[key]).__name__}")
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved["model"].items()}
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"its {name} is {found.get(name)} and not {wanted.get(name)}")
+    groups = [group["params"] for group in parameter_groups(model, 0.0)]
+    parameters, moments = [p for group in groups for p in group], saved["optimizer"]["state"]
+    sizes = [len(group["params"]) for group in saved["optimizer"]["param_groups"]]
+    if sizes != [len(group) for group in groups] or len(moments) not in (0, len(parameters)):
+        raise ValueError("its optimizer is that of another model")
+    for i, moment in moments.items():
+        for name, tensor in moment.items():
+            if tensor.dim() and tensor.shape != parameters[i].shape:
+                raise ValueError(f"its optimizer's {name} has the shape of another model's")
 
 
 def dropout_seed(seed: int, step: int, micro_step: int) -> int:
@@ -72,24 +106,49 @@ def dropout_seed(seed: int, step: int, micro_step: int) -> int:
 
 
 def accumulate_gradients(
-    state: TrainState, micro_batches: Iterable[Batch], engine: Engine, *, seed: int
+    state: TrainState,
+    micro_batches: Iterable[Batch],
+    engine: Engine,
+    *,
+    seed: int,
+    world: World = ALONE,
 ) -> torch.Tensor:
     """Add the gradient of the update's mean loss to the parameters.
 
-    Returns that loss, on the device.
+    Of several processes, each takes every world.size-th micro-batch; after the last one DDP adds
+    up the gradients of all (it would after each one: no_sync holds it back, around forward and
+    backward). Returns this process's share of the loss, on the device.
     """
     micro_batches = list(micro_batches)
-    n_targets = [int((targets != -1).sum()) for _, targets in micro_batches]
+    n_targets = [int((targets != NO_TARGET).sum()) for _, targets in micro_batches]
+    mine = range(world.rank, len(micro_batches), world.size)
     loss = torch.zeros((), device=engine.device)
-    for i, batch in enumerate(micro_batches):
-        torch.manual_seed(dropout_seed(seed, state.step, i))
-        ids, targets = engine.move(*batch)
-        with engine.autocast():
-            _, micro_loss = state.forward(ids, targets)
-        share = micro_loss * (n_targets[i] / max(1, sum(n_targets)))
-        state.scaler.scale(share).backward()
-        loss += share.detach()
+    for j in mine:
+        torch.manual_seed(dropout_seed(seed, state.step, j))
+        ids, targets = engine.move(*micro_batches[j])
+        share = n_targets[j] / max(1, sum(n_targets))
+        alone = world.size == 1 or j == mine[-1]
+        with nullcontext() if alone else state.forward.no_sync():
+            with engine.autocast():
+                _, micro_loss = state.forward(ids, targets)
+            # DDP takes the mean over the processes, where the sum is wanted
+            state.scaler.scale(micro_loss * (share * world.size)).backward()
+        loss += micro_loss.detach() * share
     return loss
+
+
+def settle_gradients(state: TrainState, batch: Batch, engine: Engine) -> None:
+    """Go forward and backward once and forget the gradients.
+
+    DDP sends gradients in the order of the first backward pass, but only from the second on. Sums
+    of three numbers depend on their order; after this, every update, also the first after
+    resuming, adds up alike.
+    """
+    ids, targets = engine.move(*batch)
+    with engine.autocast():
+        _, loss = state.forward(ids, targets)
+    loss.backward()
+    state.optimizer.zero_grad(set_to_none=True)
 
 
 def update(
@@ -100,18 +159,22 @@ def update(
     learning_rate: float,
     grad_clip: float,
     seed: int,
-) -> tuple[float, float]:
-    """Make one update and count it. Returns its loss and the unclipped norm of its gradient.
+    world: World = ALONE,
+    noted: Noted | None = None,
+) -> tuple[float, float, set[int]]:
+    """Make one update and count it.
 
     The gradient is scaled down to the norm grad_clip where it is longer (Pascanu et al. 2013); 0
-    turns this off. A loss or gradient that is not finite is counted, but not applied.
+    turns this off. A loss or gradient that is not finite is counted, but not applied. Returns the
+    loss, the unclipped norm of its gradient, and the signals that any of the processes has noted.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    loss = accumulate_gradients(state, micro_batches, engine, seed=seed)
+    loss = accumulate_gradients(state, micro_batches, engine, seed=seed, world=world)
+    message = world.tell(loss, noted.take() if noted else ())
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
-    loss, norm = torch.stack((loss, norm)).tolist()  # the one wait for a GPU in an update
+    norm, loss, *flags = torch.cat((norm[None], message)).tolist()  # the one wait for a GPU
     if math.isfinite(loss) and math.isfinite(norm):
         state.scaler.step(state.optimizer)
         state.skipped = 0
@@ -120,7 +183,7 @@ def update(
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return loss, norm
+    return loss, norm, {number for number, flag in zip(SIGNALS, flags, strict=True) if flag}
 
 
 def fp16_scale_is_settling(state: TrainState, loss: float) -> bool:
@@ -140,29 +203,44 @@ def train(
     seed: int,
     evaluate: Callable[[], None],
     report: Callable[..., None],
+    save: Callable[[], None] = lambda: None,
+    world: World = ALONE,
+    noted: Noted | None = None,
 ) -> None:
     """The loop: update the state until it has made max_iters updates.
 
     micro_batches and learning_rate give the data and the rate of update number step, from 0.
     evaluate is called before the first update, after every eval_interval, and after the last;
-    report after each update, with its numbers. Raises ValueError when several updates in a row are
-    not finite.
+    report after each update, with its numbers; save where a signal of noted asks for it, or to
+    leave. Raises Stopped in the second case, NotFinite when several updates in a row are not.
     """
     state.model.train()
-    if state.step == 0:
-        evaluate()
-    while state.step < max_iters:
+    while True:
+        due = state.step % eval_interval == 0 or state.step >= max_iters
+        if due and state.evaluated != state.step:
+            state.evaluated = state.step
+            evaluate()
+        if state.step >= max_iters:
+            return
         started, step = time.perf_counter(), state.step
         rate = learning_rate(step)
-        loss, norm = update(
-            state, micro_batches(step), engine, learning_rate=rate, grad_clip=grad_clip, seed=seed
+        loss, norm, came = update(
+            state,
+            micro_batches(step),
+            engine,
+            learning_rate=rate,
+            grad_clip=grad_clip,
+            seed=seed,
+            world=world,
+            noted=noted,
         )
         report(step, loss=loss, lr=rate, grad_norm=norm, seconds=time.perf_counter() - started)
         if state.skipped >= MAX_SKIPPED:
-            raise ValueError(
+            raise NotFinite(
                 f"{state.skipped} updates in a row were not finite, up to {step} (loss {loss}, "
-                f"gradient norm {norm}); resume from the last checkpoint with a lower "
-                "learning_rate, or with dtype=float32"
+                f"gradient norm {norm})"
             )
-        if state.step % eval_interval == 0 or state.step == max_iters:
-            evaluate()
+        if came:
+            save()
+        if stop := came.intersection(STOP):
+            raise Stopped(min(stop))

@@ -119,7 +119,12 @@ def tokenizer(spec: str) -> tuple[str, ...]:
     return prepare_text(f"--tokenizer={spec}")
 
 
+def world(size: str) -> tuple[tuple[str, str], ...]:
+    return (("WORLD_SIZE", size),)
+
+
 AGAIN = "prepare it again"
+ALL = train("--gradient_accumulation_steps=2", "--backend=nccl")
 TOKENS = "data/tiny/nanolm_tokenizer.json"
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 no_wandb = pytest.mark.skipif(
@@ -159,7 +164,12 @@ ROWS = [
     row("cuda", nothing, train("--device=cuda"), "device='cuda'", "device=auto", marks=(no_cuda,)),
     row("dtype", nothing, train("--dtype=int8"), "dtype='int8'", "float32, bfloat16"),
     row("compile", nothing, train("--compile=maybe"), "compile='maybe'", "auto, True or False"),
-    row("ranks", nothing, TRAIN, "one process", "torchrun", environment=(("WORLD_SIZE", "2"),)),
+    row("ranks", nothing, TRAIN, "2 processes", "multiple of 2", environment=world("2")),
+    row("no ranks", nothing, TRAIN, "WORLD_SIZE='two'", "torchrun", environment=world("two")),
+    row(
+        "nccl", nothing, ALL, "'nccl'", "--backend=auto", environment=world("2"), marks=(no_cuda,)
+    ),
+    row("backend", nothing, train("--backend=mpi"), "backend='mpi'", "auto, nccl, gloo"),
     row("wandb", nothing, train("--wandb_log"), "wandb_log", "pip install", marks=(no_wandb,)),
     # making a dataset
     row("no name", nothing, ("prepare",), "NAME is missing", "--help"),

@@ -23,7 +23,7 @@ SHAPE = {"max_iters": 20, "eval_interval": 5, "log_interval": 2}
 
 def log(path, start=0, **keys) -> Metrics:
     keys = {**SHAPE, "tokens_per_update": 100, "flops_per_token": 10.0, **keys}
-    return Metrics(path, start, **keys)
+    return Metrics(path, start, evaluated=start, **keys)
 
 
 def write_run(metrics, first, last):

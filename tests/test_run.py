@@ -14,8 +14,8 @@ from nanolm.checkpoint import load
 from nanolm.config import load_config
 from nanolm.data import prepare
 from nanolm.metrics import draw_losses, read_metrics
-from nanolm.run import start_run
 from nanolm.settings import TrainConfig
+from nanolm.start import start_run
 
 
 @pytest.fixture(autouse=True)
@@ -230,13 +230,18 @@ def test_eval_only_evaluates_and_changes_nothing(tiny_run, capsys):
     assert not Path("out/none").exists()
 
 
-def test_an_older_run_stays_until_the_new_one_has_a_checkpoint(tiny_run, monkeypatch):
-    """Also one of which only the best is left."""
+def test_the_checkpoints_in_a_folder_are_all_of_one_run(tiny_run):
+    """An overwritten run goes as the new one begins, or a restart would take up the wrong one."""
     folder = train()
-    kept = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
-    with pytest.raises(ValueError, match="were not finite"):
+    with pytest.raises(ValueError, match="there is no checkpoint yet: start again with a lower"):
         train("--overwrite=true", "--learning_rate=1e30", "--max_iters=20")
-    assert kept == {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    assert not list(folder.glob("*.pt"))
+    assert not [row for row in numbers(folder) if row["step"] > 3]
+
+
+def test_a_run_is_not_replaced_unless_told_to(tiny_run):
+    """Not even one of which only the best is left."""
+    folder = train()
     for path in folder.glob("step_*"):
         path.unlink()
     for way in ("scratch", "auto"):

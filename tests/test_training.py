@@ -85,7 +85,8 @@ def test_the_gradient_that_is_applied_is_no_longer_than_grad_clip(grad_clip):
     state = new_state()
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in state.model.parameters()]
-    _, norm = update(state, [random_batch(0)], CPU, learning_rate=1.0, grad_clip=grad_clip, seed=0)
+    knobs = {"learning_rate": 1.0, "grad_clip": grad_clip, "seed": 0}
+    _, norm, _ = update(state, [random_batch(0)], CPU, **knobs)
     pairs = zip(before, state.model.parameters(), strict=True)
     moved = math.sqrt(sum(((a - b) ** 2).sum().item() for a, b in pairs))
     assert moved == pytest.approx(min(norm, grad_clip or math.inf), rel=1e-3)
@@ -104,8 +105,8 @@ def test_the_loss_falls_by_the_gradient_times_the_step():
     """To first order, a small step along the gradient lowers the loss by rate * norm squared."""
     state = new_state()
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
-    first, norm = update(state, [random_batch(0)], CPU, learning_rate=1e-3, grad_clip=0, seed=0)
-    second, _ = update(state, [random_batch(0)], CPU, learning_rate=0, grad_clip=0, seed=0)
+    first, norm, _ = update(state, [random_batch(0)], CPU, learning_rate=1e-3, grad_clip=0, seed=0)
+    second, _, _ = update(state, [random_batch(0)], CPU, learning_rate=0, grad_clip=0, seed=0)
     assert first - second == pytest.approx(1e-3 * norm**2, rel=0.05)
 
 
@@ -126,7 +127,7 @@ def test_an_update_that_is_not_finite_is_counted_and_not_applied(value):
     state = new_state()
     undo = poison(state, value)
     before = copy.deepcopy(state.model.state_dict())
-    loss, norm = update(state, [random_batch(0)], CPU, learning_rate=0.1, grad_clip=1.0, seed=0)
+    loss, norm, _ = update(state, [random_batch(0)], CPU, learning_rate=0.1, grad_clip=1.0, seed=0)
     assert not (math.isfinite(loss) and math.isfinite(norm))
     assert (state.step, state.skipped) == (1, 1)
     after = state.model.state_dict()

@@ -1,0 +1,283 @@
+"""A run: objects that are ready, and what the loop asks of them."""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice, takewhile
+from pathlib import Path
+
+import torch
+
+from nanolm import checkpoint, metrics
+from nanolm.batches import check_ids, evaluation_batches, training_batch
+from nanolm.data import Dataset
+from nanolm.engine import Engine
+from nanolm.evaluation import bits_per_byte, evaluate, perplexity
+from nanolm.files import write_text
+from nanolm.folder import METRICS_FILE, PICTURE, RUN_FILE
+from nanolm.model import GPT, count_parameters
+from nanolm.parallel import World
+from nanolm.sampling import generate
+from nanolm.settings import TrainConfig
+from nanolm.signals import Stopped, noting
+from nanolm.tokenizer import TOKENIZER_FILE
+from nanolm.training import Batch, NotFinite, TrainState, train
+
+# What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
+CPU_FLOPS_PER_THREAD = 2e10
+
+
+@dataclass
+class Run:
+    """Objects that are ready, and what the loop asks of them."""
+
+    config: TrainConfig
+    folder: Path
+    dataset: Dataset
+    engine: Engine
+    state: TrainState
+    world: World
+    fresh: bool  # not resumed
+    log: metrics.Metrics | None = None  # of process 0
+
+    def is_finished(self) -> bool:
+        """Whether the run was resumed where nothing is left to do."""
+        state, n = self.state, self.config.max_iters
+        return not self.fresh and state.step >= n and state.evaluated == state.step
+
+    def record(self) -> None:
+        """Open the log and write down what the run is, in the place of what was there."""
+        config, step = self.config, self.state.step
+        also = ()
+        if config.wandb_log:
+            name = config.wandb_run_name or self.folder.name
+            also = (metrics.wandb_log(config.wandb_project, name, asdict(config)),)
+        if self.fresh:
+            checkpoint.remove_all(self.folder)
+            (self.folder / METRICS_FILE).unlink(missing_ok=True)
+        checkpoint.set_aside(self.folder, after=step)
+        content = {
+            "config": asdict(config),
+            "engine": self.engine.choices(),
+            "processes": self.world.size,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+        write_text(self.folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
+        self.dataset.tokenizer.save(self.folder / TOKENIZER_FILE)
+        gpu = self.engine.device_type == "cuda" and self.engine.dtype != "float32"
+        peak = metrics.peak_flops(torch.cuda.get_device_name()) if gpu else None
+        self.log = metrics.Metrics(
+            self.folder / METRICS_FILE,
+            start=step,
+            evaluated=self.state.evaluated,
+            max_iters=config.max_iters,
+            eval_interval=config.eval_interval,
+            log_interval=config.log_interval,
+            tokens_per_update=config.tokens_per_update,
+            flops_per_token=flops_per_token(self.state.model),
+            peak=peak and peak * self.world.size,
+            also=also,
+        )
+
+    def describe(self) -> None:
+        """Say on the console what is about to happen, and why so."""
+        config, engine, meta, step = self.config, self.engine, self.dataset.meta, self.state.step
+        tokens, per_update = meta["train"]["tokens"], config.tokens_per_update
+        epochs = config.max_iters * per_update / tokens
+        print(
+            f"run       {self.folder}, " + (f"resumed at step {step}" if step else "from step 0")
+        )
+        names = (engine.device, engine.dtype, "compiled" if engine.compile else "not compiled")
+        for label, name, reason in zip(
+            ("device", "precision", "compile"), names, engine.reasons, strict=True
+        ):
+            print(f"{label:9} {name} ({reason})")
+        print(
+            f"data      {self.dataset.folder}: {tokens:,} tokens for training, "
+            f"{meta['val']['tokens']:,} for validation, {config.vocab_size:,} different ones"
+        )
+        print(f"model     {count_parameters(self.state.model):,} parameters")
+        print(f"updates   {config.max_iters:,} of {per_update:,} tokens each: {epochs:.2f} epochs")
+        if self.fresh and config.init_from in ("scratch", "auto"):
+            guess = f"ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}"
+            print(f"loss      starts near that of a blind guess, {guess}")
+        flops = flops_per_token(self.state.model) * per_update * (config.max_iters - step)
+        seconds = flops / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
+        if engine.device_type == "cpu" and seconds > 3600 and not config.eval_only:
+            print(
+                f"warning   this run takes a CPU like this one about {metrics.duration(seconds)}; "
+                "config/shakespeare_cpu.py and config/pydocs.py are made for CPUs"
+            )
+
+    def train(self) -> None:
+        """Train from where the state stands to the end of the run, or until a signal comes.
+
+        Raises Stopped in that case, and NotFinite where training breaks down.
+        """
+        started, config = time.perf_counter(), self.config
+        try:
+            with noting(say=self.world.leads) as noted:
+                train(
+                    self.state,
+                    self.engine,
+                    micro_batches=self.micro_batches,
+                    learning_rate=config.rate,
+                    max_iters=config.max_iters,
+                    eval_interval=config.eval_interval,
+                    grad_clip=config.grad_clip,
+                    seed=config.seed,
+                    evaluate=self.evaluate_and_save,
+                    report=self.log.update if self.log else lambda step, **numbers: None,
+                    save=self.save_for_signal,
+                    world=self.world,
+                    noted=noted,
+                )
+        except NotFinite as error:
+            advice = "with a lower learning_rate, or with dtype=float32"
+            raise NotFinite(f"{error}; {self.way_back()} {advice}") from None
+        except Stopped as stop:
+            raise Stopped(stop.number, f"{stop}; {self.way_back()}") from None
+        except OSError as error:
+            raise ValueError(f"{error}; {self.way_back()}") from None
+        best, seconds = self.state.best_val_loss, time.perf_counter() - started
+        if best is None:
+            return
+        bits = bits_per_byte(best, self.dataset.bytes_per_token)
+        print(f"done      in {metrics.duration(seconds)}")
+        print(
+            f"best      validation loss {best:.4f}, perplexity {perplexity(best):.2f}, "
+            f"{bits:.4f} bits per byte"
+        )
+        print(f"          sample from it with: python sample.py --out_dir={self.folder}")
+
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """The data of an update."""
+        config, n = self.config, self.config.gradient_accumulation_steps
+        shape = {"batch_size": config.batch_size, "block_size": config.block_size}
+        for i in range(step * n, (step + 1) * n):
+            yield self.checked(training_batch(self.dataset.train, i, **shape, seed=config.seed))
+
+    def checked(self, batch: Batch) -> Batch:
+        """The batch, if the model has an embedding for each of its ids."""
+        for ids in batch:
+            check_ids(ids, self.config.vocab_size)
+        return batch
+
+    def evaluate(self) -> dict[str, float]:
+        """The loss on fixed windows of both splits, and the validation loss as bits per byte."""
+        config, world = self.config, self.world
+        whole = math.ceil((len(self.dataset.val) - 1) / config.block_size / config.batch_size)
+        losses = {}
+        for split, n in (("train", config.eval_iters or whole), ("val", config.eval_iters)):
+            batches = evaluation_batches(
+                getattr(self.dataset, split),
+                batch_size=config.batch_size,
+                block_size=config.block_size,
+                n_batches=n,
+            )
+            mine = islice(batches, world.rank, None, world.size)
+            losses[f"{split}_loss"] = evaluate(
+                self.state.model,
+                (self.engine.move(*self.checked(batch)) for batch in mine),
+                autocast=self.engine.autocast,
+                add_up=world.add_up,
+            )
+        bpb = bits_per_byte(losses["val_loss"], self.dataset.bytes_per_token)
+        return {**losses, "bits_per_byte": bpb}
+
+    def evaluate_and_save(self) -> None:
+        """Evaluate, write a checkpoint (not of step 0), redraw the loss, show a sample."""
+        state, started = self.state, time.perf_counter()
+        losses = self.evaluate()
+        print(self.loss_line(losses), flush=True)
+        if self.log:
+            self.log.evaluation(state.step, seconds=time.perf_counter() - started, **losses)
+        loss = losses["val_loss"]
+        if not math.isfinite(loss):
+            print("warning   the loss is not finite: no checkpoint is written", flush=True)
+            return
+        if state.step > 0:
+            best = state.best_val_loss is None or loss < state.best_val_loss
+            if best:
+                state.best_val_loss = loss
+            self.world.from_first(lambda: self.save(best=best))
+        if self.world.leads:
+            self.show()
+
+    def save_for_signal(self) -> None:
+        """Write a checkpoint between two evaluations."""
+        self.world.from_first(self.save)
+        print(f"saved     step {self.state.step} in {self.folder}", flush=True)
+
+    def save(self, *, best: bool = False) -> None:
+        """Write a checkpoint. Raises ValueError where that fails, with the way back."""
+        config, setting = self.config, {"config": asdict(self.config)}
+        setting |= {"engine": self.engine.choices(), "text": self.dataset.meta["train"]["sha256"]}
+        content = {**self.state.state_dict(), **setting}
+        if not checkpoint.is_finite(content):
+            raise ValueError(f"the weights are not finite any more; {self.way_back()}")
+        keep = config.keep_checkpoints if config.always_save_checkpoint else 1
+        try:
+            checkpoint.save(self.folder, content, best=best, keep=keep)
+        except ValueError as error:
+            raise ValueError(f"{error}; {self.way_back()}") from None
+
+    def way_back(self) -> str:
+        """What is left of the run where it cannot go on."""
+        steps = checkpoint.step_files(self.folder)
+        if not steps:
+            return "there is no checkpoint yet: start again"
+        return f"the last checkpoint is {steps[-1]}: continue from it with --init_from=resume"
+
+    def show(self) -> None:
+        """Redraw the loss, and print how the model writes now."""
+        size = count_parameters(self.state.model)
+        title = f"{self.folder.name}: {self.config.dataset}, {size:,} parameters"
+        try:
+            metrics.draw_losses(self.folder / METRICS_FILE, self.folder / PICTURE, title=title)
+        except OSError as error:  # no reason to end a run
+            print(f"warning   no picture of the loss: {error}")
+        if self.config.sample_tokens:
+            print("\n".join(f"    | {line}" for line in self.sample().split("\n")), flush=True)
+
+    def loss_line(self, losses: dict[str, float]) -> str:
+        """An evaluation as a line for the console."""
+        numbers = " | ".join(
+            f"{name.replace('_', ' ')} {value:.4f}" for name, value in losses.items()
+        )
+        return f"step {self.state.step:6d} | {numbers}"
+
+    def sample(self) -> str:
+        """How the model begins a document now; with characters, a line."""
+        tokenizer, device = self.dataset.tokenizer, self.engine.device
+        end = tokenizer.end_of_text
+        try:
+            start = tokenizer.encode("\n") if end is None else [end]
+        except ValueError:  # an alphabet without line ends
+            start = [0]
+        self.state.model.eval()
+        stream = generate(
+            self.state.model,
+            torch.tensor([start], device=device),
+            max_new_tokens=self.config.sample_tokens,
+            temperature=0.8,
+            generator=torch.Generator(device).manual_seed(self.config.seed),
+        )
+        text = tokenizer.decode(takewhile(lambda token: token != end, map(int, stream)))
+        self.state.model.train()
+        return text.strip("\n")
+
+
+def flops_per_token(model: GPT) -> float:
+    """Floating point operations of training the model on one token."""
+    config, lookups = model.config, []
+    if not config.tie_embeddings:
+        lookups.append(model.tokens.weight)
+    if config.position == "learned":
+        lookups.append(model.positions.weight)
+    n = count_parameters(model) - sum(weight.numel() for weight in lookups)
+    shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "head_size", "block_size")}
+    return metrics.flops_per_token(n, **shape)
