@@ -4,8 +4,8 @@ Starting Python and importing torch takes seconds; these are forked in hundredth
 a server that has imported torch and computed nothing (so that no thread of it holds a lock).
 """
 
+import contextlib
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from conftest import ROOT
 
+from nanolm import metrics
 from nanolm.config import run_script
 from nanolm.settings import TrainConfig
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "torch._dynamo", "nanolm.start"])
-multiprocessing.forkserver.ensure_running()  # now, since the current folder holds nanolm
 
 
 def start(
@@ -28,7 +29,8 @@ def start(
     """Start a child in the current folder that calls the function; all it prints goes to log."""
     everything = (Path.cwd(), log, environment or {}, function, arguments)
     child = FORK.Process(target=begin, args=everything, daemon=True)
-    child.start()
+    with contextlib.chdir(ROOT):  # the server, which this may start, is to find nanolm
+        child.start()
     return child
 
 
@@ -40,6 +42,7 @@ def begin(place: Path, log: str, environment: dict, function: Callable, argument
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, encoding="utf-8") for n in (1, 2))
     torch.set_num_threads(1)
+    metrics.draw_losses = lambda *_, **__: False  # drawing takes longer than these runs
     function(*arguments)
 
 
