@@ -15,11 +15,12 @@ import torch
 
 from nanolm import checkpoint
 from nanolm.data import SEAL, Dataset
+from nanolm.engine import Engine
 from nanolm.files import lock, made_folder, remove_temporaries, write_text
 from nanolm.model import GPT, ModelConfig
+from nanolm.optim import parameter_groups
 from nanolm.settings import MODEL_KEYS, SHAPE_KEYS, TrainConfig
 from nanolm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from nanolm.training import check_saved
 
 RUNS = Path("out")
 RUN_FILE, METRICS_FILE, PICTURE = "run.json", "metrics.jsonl", "loss.png"
@@ -92,12 +93,32 @@ def saved_model_config(saved: dict) -> ModelConfig:
 
 
 def check_content(saved: dict) -> None:
-    """Raise ValueError or KeyError where a checkpoint does not hold what its config says."""
+    """Raise an error that says what is wrong where a checkpoint is not that of a run.
+
+    Its model and its optimizer must have the shapes that its config gives.
+    """
+    kinds = {"model": dict, "optimizer": dict, "scaler": dict, "text": str, "step": int}
+    kinds |= {"evaluated": int, "skipped": int, "best_val_loss": (float, type(None))}
+    for key, kind in kinds.items():
+        if not isinstance(saved[key], kind):
+            raise ValueError(f"its {key} is a {type(saved[key]).__name__}")
+    Engine(**saved["engine"])
     with torch.device("meta"):  # shapes without memory
         model = GPT(saved_model_config(saved))
-    check_saved(saved, model)
-    for key in ("engine", "text"):
-        saved[key]
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved["model"].items()}
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"its {name} is {found.get(name)} and not {wanted.get(name)}")
+    groups = [group["params"] for group in parameter_groups(model, 0.0)]
+    sizes = [len(group["params"]) for group in saved["optimizer"]["param_groups"]]
+    shapes = [parameter.shape for group in groups for parameter in group]
+    moments = saved["optimizer"]["state"]  # empty before the first update
+    if sizes != [len(group) for group in groups] or len(moments) not in (0, len(shapes)):
+        raise ValueError("its optimizer is that of another model")
+    for i, moment in moments.items():
+        if any(tensor.dim() and tensor.shape != shapes[i] for tensor in moment.values()):
+            raise ValueError("its optimizer is that of another model")
 
 
 def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig:

@@ -28,7 +28,6 @@ import torch
 from nanolm.batches import NO_TARGET
 from nanolm.engine import Engine
 from nanolm.model import GPT
-from nanolm.optim import parameter_groups
 from nanolm.parallel import ALONE, Shared, World
 from nanolm.signals import SIGNALS, STOP, Noted, Stopped
 
@@ -73,31 +72,10 @@ class TrainState:
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, mine in zip(self.optimizer.param_groups, options, strict=True):
             group.update(mine)
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where the run was not in fp16 before
+            self.scaler.load_state_dict(saved["scaler"])
         self.step, self.evaluated = saved["step"], saved["evaluated"]
         self.best_val_loss, self.skipped = saved["best_val_loss"], saved["skipped"]
-
-
-def check_saved(saved: dict, model: GPT) -> None:
-    """Raise ValueError or KeyError where saved is not the state of training such a model."""
-    whole = {"step": int, "evaluated": int, "skipped": int, "best_val_loss": (float, type(None))}
-    for key, kind in {"model": dict, "optimizer": dict, "scaler": dict, **whole}.items():
-        if not isinstance(saved[key], kind):
-            raise ValueError(f"its {key} is a {type(saved[key]).__name__}")
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in saved["model"].items()}
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
-            raise ValueError(f"its {name} is {found.get(name)} and not {wanted.get(name)}")
-    groups = [group["params"] for group in parameter_groups(model, 0.0)]
-    parameters, moments = [p for group in groups for p in group], saved["optimizer"]["state"]
-    sizes = [len(group["params"]) for group in saved["optimizer"]["param_groups"]]
-    if sizes != [len(group) for group in groups] or len(moments) not in (0, len(parameters)):
-        raise ValueError("its optimizer is that of another model")
-    for i, moment in moments.items():
-        for name, tensor in moment.items():
-            if tensor.dim() and tensor.shape != parameters[i].shape:
-                raise ValueError(f"its optimizer's {name} has the shape of another model's")
 
 
 def dropout_seed(seed: int, step: int, micro_step: int) -> int:
