@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
 
+from nanolm.batches import training_batch
 from nanolm.checkpoint import load
 from nanolm.config import load_config
 from nanolm.data import prepare
@@ -52,28 +54,52 @@ def numbers(folder: Path) -> list[dict]:
 # Resuming
 
 
+@pytest.fixture
+def batches_seen(monkeypatch) -> list:
+    """The ids of every training batch, in the order in which they are made."""
+    seen = []
+
+    def recorded(*arguments, **keys):
+        batch = training_batch(*arguments, **keys)
+        seen.append(torch.from_numpy(batch[0]))
+        return batch
+
+    monkeypatch.setattr("nanolm.run.training_batch", recorded)
+    return seen
+
+
+MATRIX = [
+    [f"--dtype={dtype}", f"--dropout={dropout}", f"--gradient_accumulation_steps={n}"]
+    for dtype, dropout, n in product(("float32", "bfloat16"), (0.0, 0.1), (1, 4))
+]
+STEPS = range(1, 20, 2)  # ten of twenty
+
+
 @pytest.mark.parametrize(
     "keys",
     [
-        ["--dropout=0.2"],
-        ["--dropout=0.2", "--gradient_accumulation_steps=3", "--schedule=trapezoid"],
-        ["--dtype=bfloat16"],
-        ["--dropout=0.2", "--dtype=float16"],
-        pytest.param(["--compile=true", "--dropout=0.2"], marks=pytest.mark.long),
+        *MATRIX,
+        ["--dtype=float16", "--dropout=0.1"],
+        ["--schedule=trapezoid", "--gradient_accumulation_steps=3", "--eval_interval=3"],
+        pytest.param(["--compile=true", "--dropout=0.1"], marks=pytest.mark.long),
     ],
     ids=lambda keys: " ".join(keys),
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(keys, tiny_run):
-    """To the last bit: weights, optimizer, losses and what is best, from every checkpoint."""
-    keys = [*keys, "--max_iters=8", "--keep_checkpoints=9"]
+def test_a_resumed_run_is_the_run_that_never_stopped(keys, tiny_run, batches_seen):
+    """To the last bit: batches, losses, weights, optimizer, what is best; from each checkpoint."""
+    keys = ["--eval_interval=1", *keys, "--max_iters=20", "--keep_checkpoints=99"]
     whole = train(*keys, "--out_dir=out/whole")
-    for step in (2, 4, 6):
+    batches = batches_seen[1:]  # the first one is only looked at
+    steps = STEPS if "--compile=true" not in keys else (9,)
+    for step in [step for step in steps if (whole / f"step_{step:08d}.pt").exists()]:
         cut = Path(shutil.copytree(whole, f"out/cut{step}"))
         for path in [*cut.glob("step_*"), cut / "best.pt"]:
             if path.name == "best.pt" or int(path.stem[5:]) > step:
                 path.unlink()  # metrics.jsonl still tells of what is lost
+        batches_seen.clear()
         train(*keys, f"--out_dir={cut}", "--init_from=resume")
-        pair = [load(folder / "step_00000008.pt") for folder in (whole, cut)]
+        assert equal(batches_seen[1:], batches[step * len(batches) // 20 :])
+        pair = [load(folder / "step_00000020.pt") for folder in (whole, cut)]
         for content in pair:
             for key in ("out_dir", "init_from"):
                 del content["config"][key]
@@ -115,6 +141,13 @@ def test_keys_of_the_optimizer_that_change_on_resume_take_effect(tiny_run):
     groups = load(folder / "step_00000006.pt")["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert {group["betas"][1] for group in groups} == {0.5}
+
+
+def test_a_run_can_change_to_half_precision_on_resume(tiny_run):
+    """There is no scale of losses yet to continue from."""
+    train()
+    folder = train("--init_from=resume", "--max_iters=6", "--dtype=float16")
+    assert load(folder / "step_00000006.pt")["scaler"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tiny_run, capsys):
