@@ -262,9 +262,10 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
     except (ValueError, OSError) as error:
         sys.exit(complain(error))
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        reason = explain(error)
+        if reason is None:
             raise
-        sys.exit(complain(f"out of memory: make the batch or the model smaller ({error})"))
+        sys.exit(complain(reason))
     except Stopped as stop:
         if is_first():
             print(f"\n{stop}", file=sys.stderr)
@@ -277,10 +278,13 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, a CPU's or a GPU's allocator, or a tensor's size in bytes gave out."""
-    words = ("memory", "Storage size")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+def explain(error: Exception) -> str | None:
+    """What to do about an error that lies in the machine; None for one that lies in the code."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile fails here ({str(error).splitlines()[0]}); use --compile=false"
+    # Python's, a CPU's or a GPU's allocator, or a tensor's size in bytes gave out
+    out = isinstance(error, MemoryError) or "memory" in str(error) or "Storage size" in str(error)
+    return f"out of memory: make the batch or the model smaller ({error})" if out else None
 
 
 def complain(error: Exception | str) -> int:

@@ -95,6 +95,9 @@ class Run:
             ("device", "precision", "compile"), names, engine.reasons, strict=True
         ):
             print(f"{label:9} {name} ({reason})")
+        if self.world.size > 1:
+            n = config.gradient_accumulation_steps // self.world.size
+            print(f"processes {self.world.size}, with {n} of an update's micro-batches each")
         print(
             f"data      {self.dataset.folder}: {tokens:,} tokens for training, "
             f"{meta['val']['tokens']:,} for validation, {config.vocab_size:,} different ones"
@@ -140,6 +143,8 @@ class Run:
             raise NotFinite(f"{error}; {self.way_back()} {advice}") from None
         except Stopped as stop:
             raise Stopped(stop.number, f"{stop}; {self.way_back()}") from None
+        except BrokenPipeError:  # nobody reads the console any more
+            raise
         except OSError as error:
             raise ValueError(f"{error}; {self.way_back()}") from None
         best, seconds = self.state.best_val_loss, time.perf_counter() - started

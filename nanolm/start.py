@@ -44,6 +44,7 @@ def start_run(config: TrainConfig) -> None:
         way, saved = world.from_first(begin)
         with world.united():
             run = ready_run(config, dataset, world, way, saved)
+        del saved  # as large as all that it was copied into
         if config.eval_only:
             run.describe()
             print(run.loss_line(run.evaluate()))

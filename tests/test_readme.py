@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from torch.distributed.run import get_args_parser
 
 from nanolm.config import load_config
 from nanolm.settings import TrainConfig
@@ -36,7 +37,10 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
         assert set(words) <= set(targets)
     elif words[:1] == ["-m"]:
         importlib.import_module(words[1]).parser().parse_args(words[2:])
-    elif program == "python":
+    elif program in ("python", "torchrun"):
+        if program == "torchrun":  # its own flags come first
+            parsed = get_args_parser().parse_args(words)
+            words = [parsed.training_script, *parsed.training_script_args]
         cls, positional = SCRIPTS[words[0]]
         assert (ROOT / words[0]).is_file()
         load_config(cls, [word for word in words[1:] if word != "--help"], positional=positional)
