@@ -94,11 +94,14 @@ def give_second_name(path: Path, name: Path) -> None:
     temporary = temporary_name(name)
     temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, temporary)
-        sync(temporary)
-    os.replace(temporary, name)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+            sync(temporary)
+        os.replace(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(name.parent)
 
 
@@ -146,10 +149,12 @@ def load(path: str | Path, check: Check = accept) -> dict:
 def load_newest(folder: str | Path, check: Check = accept) -> tuple[dict, list[str]]:
     """The newest step file that is sound, and a line about each newer one that is not.
 
-    check raises ValueError for a content that is not as it should be. Raises FileNotFoundError
-    where the folder has no step file, ValueError where none of them is sound.
+    Without step files it is best.pt: the first save was interrupted between its two names. check
+    raises ValueError for a content that is not as it should be. Raises FileNotFoundError where
+    the folder has no file, ValueError where none of them is sound.
     """
-    return _load_first(folder, step_files(folder)[::-1], check)
+    best = Path(folder) / BEST
+    return _load_first(folder, step_files(folder)[::-1] or [best] * best.exists(), check)
 
 
 def load_best(folder: str | Path, check: Check = accept) -> tuple[dict, list[str]]:

@@ -5,9 +5,10 @@ loss.png, step_XXXXXXXX.pt and best.pt. A run can be stopped and resumed; anothe
 over it by mistake, and two cannot write to it at once.
 """
 
+import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -51,17 +52,23 @@ def run_folder(path: str) -> Iterator[Path]:
         yield folder
 
 
+def launch_of(folder: Path) -> str | None:
+    """The launch (see World) that has begun the run in the folder, or resumed it last."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("launch")
+
+
 def find_start(
     config: TrainConfig, folder: Path, *, restarted: bool = False
 ) -> tuple[str, dict | None]:
     """What init_from asks for: ("scratch", None), or ("resume" | "weights", a checkpoint).
 
-    A run that torchrun has started again resumes, however it began. Raises ValueError or
+    A run that torchrun has restarted resumes, however it began. Raises ValueError or
     FileNotFoundError where that cannot be.
     """
     steps, way = checkpoint.step_files(folder), config.init_from
     there = steps or (folder / checkpoint.BEST).exists()
-    if steps and (restarted or way == "auto"):
+    if there and (restarted or way == "auto"):
         way = "resume"
     elif way == "auto":
         way = "scratch"

@@ -40,19 +40,28 @@ class World:
     size: int = 1  # how many there are
     local_rank: int = 0  # which one this is on its machine
     restarts: int = 0  # how often torchrun has started all of them again
+    launch: str = ""  # the same through all restarts, and another for another torchrun
 
     @property
     def leads(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def shared_gradients(self, forward: nn.Module) -> nn.Module:
-        """forward, with its parameters' gradients averaged over all processes after a backward."""
+    @contextmanager
+    def sharing_gradients(self, forward: nn.Module) -> Iterator[nn.Module]:
+        """forward, with its parameters' gradients averaged over all processes by each backward."""
         if self.size == 1:
-            return forward
-        return DistributedDataParallel(
+            yield forward
+            return
+        ddp = DistributedDataParallel(
             forward, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
+        try:
+            yield ddp
+        finally:
+            # What lets go of the group last waits for gloo's thread, and these would do so with
+            # Python's lock, which that thread may need (a deadlock in one of three runs).
+            del ddp.logger, ddp.reducer
 
     def tell(self, loss: Tensor, came: Collection[int]) -> Tensor:
         """The sum of loss over all processes, and how many have got each signal.
@@ -147,7 +156,9 @@ def find_world() -> World:
     for key, value in given.items():
         if not value.isdecimal():
             raise ValueError(f"{names[key]}={value!r}: a whole number, as torchrun sets it")
-    return World(**{key: int(value) for key, value in given.items()})
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")  # not always chosen; so also its process
+    launch = f"{run_id} of process {os.getppid()}" if run_id else ""
+    return World(**{key: int(value) for key, value in given.items()}, launch=launch)
 
 
 def choose_backend(backend: str) -> str:
@@ -162,6 +173,18 @@ def choose_backend(backend: str) -> str:
     return backend
 
 
+def meet(world: World, backend: str) -> None:
+    """Let torch.distributed connect all processes; their addresses are in a store of torchrun's.
+
+    The store outlives a restart, and the addresses in it. Each life writes under its own number;
+    not where there are several machines, each of which counts its own restarts.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        store = dist.PrefixStore(f"life {world.restarts}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
 @contextmanager
 def joined(backend: str) -> Iterator[World]:
     """Meet the other processes of the run, and stay with them for the block.
@@ -172,8 +195,9 @@ def joined(backend: str) -> Iterator[World]:
     if world.size == 1:
         yield world
         return
-    dist.init_process_group(BACKENDS[choose_backend(backend)])
+    backend = BACKENDS[choose_backend(backend)]
     try:
+        meet(world, backend)
         yield world
     except (Shared, Stopped):  # of all; who leaves alone would wait here for the others
         dist.destroy_process_group()

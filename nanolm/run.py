@@ -16,7 +16,7 @@ from nanolm.batches import check_ids, evaluation_batches, training_batch
 from nanolm.data import Dataset
 from nanolm.engine import Engine
 from nanolm.evaluation import bits_per_byte, evaluate, perplexity
-from nanolm.files import write_text
+from nanolm.files import sync, write_text
 from nanolm.folder import METRICS_FILE, PICTURE, RUN_FILE
 from nanolm.model import GPT, count_parameters
 from nanolm.parallel import World
@@ -56,13 +56,15 @@ class Run:
             name = config.wandb_run_name or self.folder.name
             also = (metrics.wandb_log(config.wandb_project, name, asdict(config)),)
         if self.fresh:
+            for name in (RUN_FILE, METRICS_FILE):  # without run.json no restart takes up the rest
+                (self.folder / name).unlink(missing_ok=True)
             checkpoint.remove_all(self.folder)
-            (self.folder / METRICS_FILE).unlink(missing_ok=True)
         checkpoint.set_aside(self.folder, after=step)
         content = {
             "config": asdict(config),
             "engine": self.engine.choices(),
             "processes": self.world.size,
+            "launch": self.world.launch,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         write_text(self.folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
@@ -225,6 +227,7 @@ class Run:
         if not checkpoint.is_finite(content):
             raise ValueError(f"the weights are not finite any more; {self.way_back()}")
         keep = config.keep_checkpoints if config.always_save_checkpoint else 1
+        sync(self.folder / METRICS_FILE)  # what it tells of earlier steps is as safe as they are
         try:
             checkpoint.save(self.folder, content, best=best, keep=keep)
         except ValueError as error:

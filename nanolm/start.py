@@ -13,7 +13,7 @@ import torch
 from nanolm.batches import windows_per_epoch
 from nanolm.data import Dataset, open_dataset
 from nanolm.engine import Engine, choose_engine, find_hardware
-from nanolm.folder import check_tokenizer, find_start, fit_to_checkpoint, run_folder
+from nanolm.folder import check_tokenizer, find_start, fit_to_checkpoint, launch_of, run_folder
 from nanolm.model import GPT
 from nanolm.optim import OPTIMIZERS, parameter_groups
 from nanolm.parallel import World, find_world, joined
@@ -36,7 +36,8 @@ def start_run(config: TrainConfig) -> None:
 
         def begin() -> tuple[str, dict | None]:
             folder = stack.enter_context(run_folder(config.out_dir))
-            way, saved = find_start(config, folder, restarted=world.restarts > 0)
+            again = world.restarts > 0 and launch_of(folder) == world.launch
+            way, saved = find_start(config, folder, restarted=again)
             if saved:
                 check_tokenizer(folder if way == "resume" else Path(config.init_from), dataset)
             return way, saved
@@ -53,11 +54,13 @@ def start_run(config: TrainConfig) -> None:
             print(f"{run.folder} is finished: {made}")
             print("          to go on, raise --max_iters")
         else:
-            if world.size > 1:
-                settle_gradients(run.state, next(run.micro_batches(0)), run.engine)
-            world.from_first(run.record)
-            run.describe()
-            run.train()
+            state = run.state
+            with world.sharing_gradients(state.forward) as state.forward:
+                if world.size > 1:
+                    settle_gradients(state, next(run.micro_batches(0)), run.engine)
+                world.from_first(run.record)
+                run.describe()
+                run.train()
 
 
 def ready_run(
@@ -71,7 +74,7 @@ def ready_run(
         print(f"changed   the text in {dataset.folder}: another one before")
     model = build_model(config)
     engine = run_engine(config, model, world, saved["engine"] if resumed else None)
-    state = build_state(config, model, engine, world)
+    state = build_state(config, model, engine)
     if resumed:
         state.load_state_dict(saved)
     elif saved:
@@ -145,7 +148,7 @@ def run_engine(config: TrainConfig, model: GPT, world: World, before: dict | Non
     return world.own_gpu(choose_engine(hardware, **asked, flops=flops), hardware)
 
 
-def build_state(config: TrainConfig, model: GPT, engine: Engine, world: World) -> TrainState:
+def build_state(config: TrainConfig, model: GPT, engine: Engine) -> TrainState:
     """The model on its device, with its optimizer, before the first update."""
     if engine.device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -154,6 +157,4 @@ def build_state(config: TrainConfig, model: GPT, engine: Engine, world: World) -
     betas = (config.beta1, config.beta2)
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=betas)
     scaler = torch.amp.GradScaler(engine.device_type, enabled=engine.dtype == "float16")
-    # compiled inside, shared outside: what is compiled is the same for one process and for many
-    forward = world.shared_gradients(torch.compile(model) if engine.compile else model)
-    return TrainState(model, forward, optimizer, scaler)
+    return TrainState(model, torch.compile(model) if engine.compile else model, optimizer, scaler)

@@ -20,7 +20,7 @@ from nanolm.config import run_script
 from nanolm.settings import TrainConfig
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch", "torch._dynamo", "nanolm.start"])
+FORK.set_forkserver_preload(["torch", "torch._dynamo", "nanolm.start", "hypothesis", "pytest"])
 
 
 def start(

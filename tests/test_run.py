@@ -277,9 +277,16 @@ def test_a_run_is_not_replaced_unless_told_to(tiny_run):
     folder = train()
     for path in folder.glob("step_*"):
         path.unlink()
-    for way in ("scratch", "auto"):
-        with pytest.raises(ValueError, match="out/x holds a run already"):
-            train(f"--init_from={way}")
+    with pytest.raises(ValueError, match="out/x holds a run already"):
+        train("--init_from=scratch")
+
+
+def test_a_run_of_which_only_the_best_is_left_goes_on_from_there(tiny_run, capsys):
+    """As the first save leaves it, when it is killed between its two names."""
+    folder = train("--max_iters=2", "--lr_decay_iters=4")
+    (folder / "step_00000002.pt").unlink()
+    train("--init_from=auto", "--max_iters=4")
+    assert "resumed at step 2" in capsys.readouterr().out
 
 
 def test_no_checkpoint_holds_a_number_that_is_not_finite(tiny_run, capsys):
