@@ -59,8 +59,8 @@ class World:
         try:
             yield ddp
         finally:
-            # What lets go of the group last waits for gloo's thread, and these would do so with
-            # Python's lock, which that thread may need (a deadlock in one of three runs).
+            # Who lets go of the group last waits for gloo's thread; these would do so while they
+            # hold Python's lock, which that thread may wait for.
             del ddp.logger, ddp.reducer
 
     def tell(self, loss: Tensor, came: Collection[int]) -> Tensor:
@@ -200,7 +200,8 @@ def joined(backend: str) -> Iterator[World]:
         meet(world, backend)
         yield world
     except (Shared, Stopped):  # of all; who leaves alone would wait here for the others
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):

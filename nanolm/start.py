@@ -5,7 +5,7 @@ the run has found its own part right before one of them goes on.
 """
 
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ def start_run(config: TrainConfig) -> None:
     with joined(config.backend) as world, ExitStack() as stack:
         config, dataset = world.one_by_one(lambda: fit_to_dataset(config))
         with world.united():
-            check_same_data(dataset, world)
+            check_alike(config, dataset, world)
 
         def begin() -> tuple[str, dict | None]:
             folder = stack.enter_context(run_folder(config.out_dir))
@@ -98,13 +98,20 @@ def check_shares(config: TrainConfig, world: World) -> None:
         )
 
 
-def check_same_data(dataset: Dataset, world: World) -> None:
-    """Raise ValueError where this process would train on another text than process 0."""
-    mine = dataset.meta["train"]["sha256"]
-    if world.from_first(lambda: mine) != mine:
+def check_alike(config: TrainConfig, dataset: Dataset, world: World) -> None:
+    """Raise ValueError where this process would make another run than process 0."""
+    mine = {**asdict(config), "text": dataset.meta["train"]["sha256"]}
+    first = world.from_first(lambda: mine)
+    other = [key for key in mine if mine[key] != first[key]]
+    if other == ["text"]:
         raise ValueError(
             f"{dataset.folder} of this machine holds other tokens than that of process 0: copy "
             "the folder from there"
+        )
+    if other:
+        raise ValueError(
+            f"{other[0]} is {mine[other[0]]!r} here and {first[other[0]]!r} in process 0: start "
+            "all processes with the same config"
         )
 
 
