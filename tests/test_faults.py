@@ -25,7 +25,7 @@ import pytest
 import torch
 from children import end, run_train, start
 from conftest import ROOT, TINY
-from test_run import equal, numbers
+from outcomes import frozen, outcome
 
 from nanolm import checkpoint, files
 from nanolm.folder import check_content
@@ -56,16 +56,6 @@ EIGHT_UPDATES = [
 def without_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
     monkeypatch.setattr("nanolm.metrics.draw_losses", lambda *_, **__: False)
-
-
-def outcome(folder: str | Path) -> list:
-    """What a run has come to, but for its speed and the name of its folder."""
-    newest = checkpoint.step_files(folder)[-1]
-    contents = [checkpoint.load(path) for path in (newest, Path(folder, checkpoint.BEST))]
-    for content in contents:
-        for key in ("out_dir", "init_from"):
-            del content["config"][key]
-    return [*contents, numbers(Path(folder))]
 
 
 def assert_tidy(folder: str | Path, *, keep: int, also: tuple[str, ...] = ()) -> None:
@@ -251,7 +241,7 @@ def test_a_run_killed_after_any_file_operation_ends_as_if_nothing_had_been(n, op
         if point in said:
             resumed = re.search(r"resumed at step (\d+)|is finished: (\d+)", said[point])
             assert int(resumed[1] or resumed[2]) >= n_saved if resumed else n_saved == 0
-            assert equal(outcome(f"out/{point}"), whole)
+            assert outcome(f"out/{point}") == whole
             assert_tidy(f"out/{point}", keep=KEEP)
 
 
@@ -334,7 +324,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(kills, tiny_ru
     for row in rows:
         assert row["code"] in (0, -signal.SIGKILL), row
         if row["code"] == 0:
-            assert equal(outcome(row["folder"]), outcome("out/whole"))
+            assert outcome(row["folder"]) == outcome("out/whole")
             assert_tidy(row["folder"], keep=KEEP)
     amid = {row["steps"][-1] for row in rows if row["steps"] and row["code"] != 0}
     assert len(amid) >= 3  # when there was something to lose
@@ -356,7 +346,7 @@ def test_the_script_itself_can_be_killed_while_it_trains(kills, tiny_run):
     said = subprocess.run(command, capture_output=True, text=True, env=one_thread)
     assert (said.returncode, said.stderr) == (0, "")
     assert "resumed at step" in said.stdout
-    assert equal(outcome("out/x"), outcome("out/whole"))
+    assert outcome("out/x") == outcome("out/whole")
     assert_tidy("out/x", keep=2, also=("loss.png",) * Path("out/x/loss.png").exists())
 
 
@@ -473,7 +463,7 @@ def test_a_bad_checkpoint_is_named_once_and_costs_only_time(
     out = capsys.readouterr().out
     assert "warning " not in out
     assert "resumed at step 4" in out
-    assert equal(outcome(stopped_run), outcome("out/whole"))
+    assert outcome(stopped_run) == outcome("out/whole")
     assert_tidy(stopped_run, keep=4, also=("step_00000006.pt.bad",))
     assert not Path("bombed").exists()
 
@@ -507,7 +497,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_seen_or_harmless(flips, stopped_run):
             assert str(error).startswith(f"cannot read the checkpoint {path}: ")  # noqa: PT017
             refused += 1
             continue
-        assert equal(found, content)
+        assert frozen(found) == frozen(content)
     assert refused > flips / 2
 
 
@@ -565,7 +555,7 @@ def assert_stands_at_six_and_ends_well(folder: Path) -> None:
     assert (content["step"], problems) == (6, [])
     assert_tidy(folder, keep=3)
     train(*EIGHT_UPDATES, "--init_from=resume")
-    assert equal(outcome(folder), outcome("out/whole"))
+    assert outcome(folder) == outcome("out/whole")
     assert_tidy(folder, keep=4)
 
 

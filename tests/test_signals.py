@@ -7,7 +7,6 @@ that nobody disturbed, to the last bit.
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import os
 import re
@@ -26,6 +25,7 @@ import pytest
 import torch
 from children import end, run_train, start, start_ranks
 from conftest import ROOT, TINY
+from outcomes import outcome
 
 import prepare
 from nanolm import data, run, signals, training
@@ -40,8 +40,6 @@ RUN = Path("out", "x")
 FLAGS = [*TINY, "--out_dir=out/x", "--dropout=0.1", "--gradient_accumulation_steps=2"]
 FLAGS += ["--max_iters=8", "--eval_interval=4", "--keep_checkpoints=9"]
 AUTO = [*FLAGS, "--init_from=auto"]
-LAST = 8
-WAYS = ("init_from", "overwrite")  # keys that may differ
 
 # What a run does at each moment: one call of this function. Each process trains and evaluates;
 # at the others, process 0 is busy and the others wait for it.
@@ -126,24 +124,6 @@ def prepare_disturbed(number: int) -> None:
 # Runs and what they leave
 
 
-def frozen(content: Any) -> Any:
-    """A checkpoint's content with hashes for tensors, so that == compares it to the last bit."""
-    if isinstance(content, torch.Tensor):
-        return content.dtype, content.shape, hashlib.sha256(content.numpy().tobytes()).hexdigest()
-    if isinstance(content, dict):
-        return {key: frozen(value) for key, value in content.items() if key not in WAYS}
-    return [frozen(value) for value in content] if isinstance(content, (list, tuple)) else content
-
-
-def outcome(last: int = LAST) -> dict:
-    """All that a run leaves, but for its speed: the last step, the best, and the numbers."""
-    names = (f"step_{last:08d}.pt", "best.pt")
-    rows = read_metrics(RUN / "metrics.jsonl")
-    for row in rows:
-        row.pop("tokens_per_second", None)
-    return {"rows": rows, **{name: frozen(load(RUN / name)) for name in names}}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(trained_place, tmp_path_factory) -> Callable[[int], dict]:
     """undisturbed(n) -> what a run of n processes leaves where nothing happens to it."""
@@ -154,7 +134,7 @@ def undisturbed(trained_place, tmp_path_factory) -> Callable[[int], dict]:
         shutil.copytree(trained_place, place, dirs_exist_ok=True)
         with contextlib.chdir(place):
             assert end(*start_ranks(n, run_train, *AUTO)) == [0] * n
-            return outcome()
+            return outcome(RUN)
 
     return outcome_of
 
@@ -211,7 +191,7 @@ def test_at_start_up_a_run_leaves_at_once_and_writes_nothing(number, n, tiny_run
     codes = end(*start_ranks(n, train_disturbed, "start-up", 1, act, *AUTO))
     if number == SIGUSR1:
         assert codes == [0] * n
-        assert outcome() == undisturbed(n)
+        assert outcome(RUN) == undisturbed(n)
     else:
         assert codes == [128 + number] * n
         assert said_by(n).endswith(f"\nstopped by {number.name}\n")
@@ -240,7 +220,7 @@ def test_a_signal_is_answered_after_the_update(
         assert said.endswith(goodbye(number, step))
         assert end(*start_ranks(n, run_train, *AUTO)) == [0] * n
     assert said.count(f"saved     step {step} in out/x\n") == 1
-    assert outcome() == undisturbed(n)
+    assert outcome(RUN) == undisturbed(n)
 
 
 @signals_and_ns
@@ -249,7 +229,7 @@ def test_a_signal_in_the_last_evaluation_lets_the_run_end(number, n, tiny_run, u
     codes = end(*start_ranks(n, train_disturbed, "evaluation", 5, act, *AUTO))
     assert codes == [0] * n
     assert "stopped" not in said_by(n)
-    assert outcome() == undisturbed(n)
+    assert outcome(RUN) == undisturbed(n)
 
 
 @signals_and_ns
@@ -271,7 +251,7 @@ def test_where_an_evaluation_is_due_the_answer_comes_first(number, n, tiny_run, 
     assert said.index("saved     step 4 in") < said.index("step      4 | train loss")
     kinds = [(row["step"], "loss" in row) for row in read_metrics(RUN / "metrics.jsonl")]
     assert sorted(set(kinds)) == sorted(kinds)
-    assert outcome() == undisturbed(n)
+    assert outcome(RUN) == undisturbed(n)
 
 
 # ------------------------------------------------------------------------------------------
@@ -293,7 +273,7 @@ def test_a_second_ctrl_c_ends_what_python_cannot_interrupt(moment, call, n, tiny
         "SIGINT: finishing this update, then saving (Ctrl-C again leaves at once)\n"
     )
     assert end(*start_ranks(n, run_train, *AUTO)) == [0] * n
-    assert outcome() == undisturbed(n)
+    assert outcome(RUN) == undisturbed(n)
 
 
 # ------------------------------------------------------------------------------------------
@@ -473,7 +453,7 @@ def test_torchrun_passes_signals_on_and_its_run_goes_on(tiny_run):
     outcomes = []
     for _ in range(2):
         assert end(*start_ranks(2, run_train, *flags)) == [0, 0]
-        outcomes.append(outcome(steps[1] + 9))
+        outcomes.append(outcome(RUN))
         shutil.rmtree(RUN)
     assert outcomes[0] == outcomes[1]
 
@@ -510,7 +490,7 @@ def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(
     said = Path("log.txt").read_text()
     assert ("resumed at step 4" in said) == (call > 1)
     assert said.count("run       out/x, ") == 2
-    assert outcome() == undisturbed(2)
+    assert outcome(RUN) == undisturbed(2)
 
 
 @pytest.mark.parametrize(("moment", "call"), [("start-up", 1), ("update", 2), ("update", 6)])
@@ -525,7 +505,7 @@ def test_a_run_that_replaces_another_is_not_mistaken_for_it_when_started_again(
     codes = [end(*start_ranks(2, train_in_life, life, *words)) for life in (0, 1)]
     assert codes[0][0] == -signal.SIGKILL
     assert codes[1] == [0, 0]
-    assert outcome() == undisturbed(2)
+    assert outcome(RUN) == undisturbed(2)
 
 
 def test_a_run_that_is_refused_is_refused_when_started_again(tiny_run):

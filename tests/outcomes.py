@@ -1,0 +1,33 @@
+"""What a run leaves, in a form in which == compares it to the last bit."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanolm.checkpoint import BEST, load, step_files
+from nanolm.metrics import read_metrics
+
+WAYS = ("out_dir", "init_from", "overwrite")  # keys that say only how a run was started
+
+
+def frozen(content: Any) -> Any:
+    """A checkpoint's content, or a part of it, with a hash in the place of each tensor."""
+    if isinstance(content, torch.Tensor):
+        return content.dtype, content.shape, hashlib.sha256(content.numpy().tobytes()).hexdigest()
+    if isinstance(content, dict):
+        return {key: frozen(value) for key, value in content.items() if key not in WAYS}
+    return [frozen(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
+def numbers(folder: str | Path) -> list[dict]:
+    """The rows of a run's metrics, but for its speed."""
+    rows = read_metrics(Path(folder, "metrics.jsonl"))
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def outcome(folder: str | Path) -> dict:
+    """All that a run leaves, but for its speed: the newest step, the best one, the numbers."""
+    newest, best = step_files(folder)[-1], Path(folder, BEST)
+    return {"step": frozen(load(newest)), "best": frozen(load(best)), "rows": numbers(folder)}
