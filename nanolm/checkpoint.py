@@ -67,8 +67,7 @@ def save(folder: str | Path, content: dict, *, best: bool, keep: int) -> Path:
             raise
         needed = sum(tensor.nbytes for tensor in tensors(content))
         raise ValueError(
-            f"cannot write {path}: {reason.strerror}; it needs {needed / 1e6:,.1f} MB, and the "
-            f"disk has {shutil.disk_usage(folder).free / 1e6:,.1f} MB left"
+            f"cannot write {path}: {reason.strerror}; it needs {needed:,} bytes"
         ) from None
     for old in [path for path in step_files(folder) if path.is_file()][:-keep]:
         old.unlink()
@@ -125,6 +124,8 @@ def set_aside(folder: Path, *, after: int) -> None:
 def load(path: str | Path, check: Check = accept) -> dict:
     """What save has written, on the CPU. Raises ValueError saying what is wrong with the file."""
     try:
+        if not Path(path).is_file():
+            raise ValueError("it is not a file")
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -147,14 +148,13 @@ def load(path: str | Path, check: Check = accept) -> dict:
 
 
 def load_newest(folder: str | Path, check: Check = accept) -> tuple[dict, list[str]]:
-    """The newest step file that is sound, and a line about each newer one that is not.
+    """The newest step file that is sound, else best.pt, and a line about each that is not.
 
-    Without step files it is best.pt: the first save was interrupted between its two names. check
-    raises ValueError for a content that is not as it should be. Raises FileNotFoundError where
-    the folder has no file, ValueError where none of them is sound.
+    check raises ValueError for a content that is not as it should be. Raises FileNotFoundError
+    where the folder has no file, ValueError where none of them is sound.
     """
     best = Path(folder) / BEST
-    return _load_first(folder, step_files(folder)[::-1] or [best] * best.exists(), check)
+    return _load_first(folder, step_files(folder)[::-1] + [best] * best.exists(), check)
 
 
 def load_best(folder: str | Path, check: Check = accept) -> tuple[dict, list[str]]:
@@ -171,5 +171,8 @@ def _load_first(folder: str | Path, paths: list[Path], check: Check) -> tuple[di
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError(f"{folder} has no sound checkpoint: {'; '.join(problems)}")
+        raise ValueError(
+            f"{folder} has no sound checkpoint: {'; '.join(problems)}; train again, with "
+            "--overwrite=true or in another --out_dir"
+        )
     raise FileNotFoundError(f"{folder} holds no checkpoint (no step_*.pt): train there first")

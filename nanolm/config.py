@@ -275,7 +275,7 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
 
 def is_first() -> bool:
     """Whether torchrun, if it has started this process, has started it as the first one."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def explain(error: Exception) -> str | None:

@@ -77,10 +77,11 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what a kill amid whole_file has left in a folder that no other process writes to."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
+def remove_temporaries(folder: Path, *patterns: str) -> None:
+    """Delete what kills amid whole_file have left of files with such names, as "*.pt"."""
+    for pattern in patterns:
+        for path in folder.glob(f".{pattern}.tmp"):
+            path.unlink()
 
 
 def append_text(path: str | Path, text: str) -> None:
@@ -100,8 +101,8 @@ def made_folder(path: str | Path) -> Iterator[Path]:
     """Make a folder and its parents for the block; those it made and left empty go away again."""
     path = Path(path)
     made = [place for place in (path, *path.parents) if not place.exists()]
-    path.mkdir(parents=True, exist_ok=True)
     try:
+        path.mkdir(parents=True, exist_ok=True)
         yield path
     finally:
         with suppress(OSError):  # not empty, as it should be

@@ -6,6 +6,7 @@ over it by mistake, and two cannot write to it at once.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +17,6 @@ import torch
 
 from nanolm import checkpoint
 from nanolm.data import SEAL, Dataset
-from nanolm.engine import Engine
 from nanolm.files import lock, made_folder, remove_temporaries, write_text
 from nanolm.model import GPT, ModelConfig
 from nanolm.optim import parameter_groups
@@ -48,14 +48,22 @@ def run_folder(path: str) -> Iterator[Path]:
                 "choose another with --out_dir=PATH"
             ) from None
         stack.enter_context(lock(folder))
-        remove_temporaries(folder)
+        for name in (RUN_FILE, METRICS_FILE, TOKENIZER_FILE, checkpoint.BEST):
+            if (folder / name).is_dir():
+                raise ValueError(f"{folder / name} is a folder: remove it first")
         yield folder
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run has left half-written in its folder."""
+    names = (RUN_FILE, METRICS_FILE, PICTURE, TOKENIZER_FILE, checkpoint.BEST, "step_*.pt")
+    remove_temporaries(folder, *names)
 
 
 def launch_of(folder: Path) -> str | None:
     """The launch (see World) that has begun the run in the folder, or resumed it last."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("launch")
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["launch"]
 
 
 def find_start(
@@ -80,6 +88,15 @@ def find_start(
             f"{folder} holds a run already: continue it with --init_from=resume, choose another "
             "--out_dir, or replace it with --overwrite=true"
         )
+    if way not in ("scratch", "resume") and folder.samefile(way):
+        raise ValueError(
+            f"init_from={way!r} is also the out_dir: continue the run with --init_from=resume, or "
+            "choose another --out_dir"
+        )
+    if way != "resume":
+        for path in steps:
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder: remove it first")
     if way == "scratch":
         return way, None
     resume = way == "resume"
@@ -109,23 +126,46 @@ def check_content(saved: dict) -> None:
     for key, kind in kinds.items():
         if not isinstance(saved[key], kind):
             raise ValueError(f"its {key} is a {type(saved[key]).__name__}")
-    Engine(**saved["engine"])
+    if saved["step"] < 0 or not math.isfinite(saved["best_val_loss"] or 0):
+        raise ValueError("its step or its best loss is no number that a run can have")
+    engine = {"device": str, "dtype": str, "compile": bool}
+    if not all(isinstance(saved["engine"][key], kind) for key, kind in engine.items()):
+        raise ValueError(f"its engine is {saved['engine']}")
+    if not checkpoint.is_finite(saved):
+        raise ValueError("it holds numbers that are not finite")
+    config = saved_model_config(saved)
+    if config.n_layer > len(saved["model"]):
+        raise ValueError(f"its config has {config.n_layer} layers, and its model fewer")
     with torch.device("meta"):  # shapes without memory
-        model = GPT(saved_model_config(saved))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in saved["model"].items()}
+        model = GPT(config)
+    wanted, found = (
+        {k: like(v) for k, v in m.items()} for m in (model.state_dict(), saved["model"])
+    )
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
             raise ValueError(f"its {name} is {found.get(name)} and not {wanted.get(name)}")
-    groups = [group["params"] for group in parameter_groups(model, 0.0)]
-    sizes = [len(group["params"]) for group in saved["optimizer"]["param_groups"]]
-    shapes = [parameter.shape for group in groups for parameter in group]
-    moments = saved["optimizer"]["state"]  # empty before the first update
-    if sizes != [len(group) for group in groups] or len(moments) not in (0, len(shapes)):
+    check_optimizer(saved["optimizer"], parameter_groups(model, 0.0))
+
+
+def like(tensor: torch.Tensor) -> str:
+    """What a tensor must have in common with another to take its place."""
+    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.layout}"
+
+
+def check_optimizer(saved: dict, groups: list[dict]) -> None:
+    """Raise ValueError where an optimizer's saved state is not that for these parameters."""
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    moments = saved["state"]  # empty before the first update
+    right = sizes == [len(group["params"]) for group in groups]
+    right = right and len(moments) in (0, len(parameters))
+    right = right and len({frozenset(moment) for moment in moments.values()}) <= 1
+    if not right:
         raise ValueError("its optimizer is that of another model")
     for i, moment in moments.items():
-        if any(tensor.dim() and tensor.shape != shapes[i] for tensor in moment.values()):
-            raise ValueError("its optimizer is that of another model")
+        for name, tensor in moment.items():
+            if name != "step" and like(tensor) != like(parameters[i]):
+                raise ValueError(f"its optimizer's {name} is {like(tensor)}")
 
 
 def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig:
@@ -157,6 +197,11 @@ def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig
 
 def check_tokenizer(folder: Path, dataset: Dataset) -> None:
     """Raise ValueError where the run in the folder was trained on another tokenizer's ids."""
+    if not (folder / TOKENIZER_FILE).exists():
+        raise ValueError(
+            f"{folder} has lost its {TOKENIZER_FILE}: copy it there from {dataset.folder}, if "
+            "that is the dataset it was trained on"
+        )
     if load_tokenizer(folder / TOKENIZER_FILE) != dataset.tokenizer:
         raise ValueError(
             f"the model in {folder} was trained with another tokenizer than that of "

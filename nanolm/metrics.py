@@ -1,6 +1,7 @@
 """The log of a run: lines on the console, metrics.jsonl for programs, a picture for people."""
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ def read_metrics(path: Path) -> list[dict]:
     for line in text.splitlines():
         with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    kinds = (int, float, type(None))
+    return [row for row in rows if all(isinstance(n, kinds) for n in row.values())]
 
 
 @dataclass
@@ -125,7 +128,8 @@ class Metrics:
         self._write({"step": step, **losses})
 
     def _write(self, row: dict) -> None:
-        append_text(self.path, json.dumps(row) + "\n")
+        plain = {key: n if math.isfinite(n) else None for key, n in row.items()}  # JSON has no NaN
+        append_text(self.path, json.dumps(plain) + "\n")
         for call in self.also:
             call(row)
 
@@ -147,8 +151,8 @@ def draw_losses(metrics: Path, picture: Path, *, title: str) -> bool:
     except ImportError:
         return False
     rows = read_metrics(metrics)
-    updates = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if {"train_loss", "val_loss"} <= row.keys()]
+    updates = [row for row in rows if row.get("loss") is not None]
+    evaluations = [row for row in rows if None not in map(row.get, ("train_loss", "val_loss"))]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(

@@ -11,6 +11,7 @@ need to know, and what makes one of them leave makes all of them leave.
 """
 
 import os
+import signal
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanolm.engine import Engine, Hardware
-from nanolm.signals import SIGNALS, Stopped
+from nanolm.engine import Engine
+from nanolm.signals import SIGNALS, STOP, Stopped, answered_by
 
 # What carries tensors on a CPU, on a GPU. Objects and sums for the log always go from CPU to CPU.
 BACKENDS = {"nccl": "cpu:gloo,cuda:nccl", "gloo": "gloo"}
@@ -83,6 +84,12 @@ class World:
             dist.all_reduce(sums)
         return sums.tolist()
 
+    def heed(self, noted: Collection[int]) -> None:
+        """Raise Stopped in all processes where any of them has noted a signal to stop."""
+        came = self.add_up(*(float(number in noted) for number in STOP))
+        if any(came):
+            raise Stopped(next(number for number, n in zip(STOP, came, strict=True) if n))
+
     @contextmanager
     def united(self) -> Iterator[None]:
         """A block of all processes: what is wrong in one of them is raised by all, as Shared."""
@@ -120,7 +127,7 @@ class World:
                 value = function() if turn else None
         return value
 
-    def own_gpu(self, engine: Engine, hardware: Hardware) -> Engine:
+    def own_gpu(self, engine: Engine) -> Engine:
         """The engine of this process: of several on a machine, each has a GPU of its own."""
         if self.size == 1 or engine.device == "cpu":
             return engine
@@ -129,10 +136,11 @@ class World:
                 f"device={engine.device!r} is for one process; {self.size} were started: choose "
                 "auto, cpu or cuda"
             )
-        if self.local_rank >= hardware.cuda_count:
+        n = torch.cuda.device_count()
+        if self.local_rank >= n:
             raise ValueError(
-                f"process {self.local_rank} of this machine has no GPU: there are "
-                f"{hardware.cuda_count}; start with --nproc_per_node={hardware.cuda_count}"
+                f"process {self.local_rank} of this machine has no GPU: there are {n}; start with "
+                f"--nproc_per_node={n}"
             )
         torch.cuda.set_device(self.local_rank)
         return replace(engine, device=f"cuda:{self.local_rank}")
@@ -152,10 +160,17 @@ def find_world() -> World:
         "local_rank": "LOCAL_RANK",
         "restarts": "TORCHELASTIC_RESTART_COUNT",
     }
+    if "WORLD_SIZE" not in os.environ:
+        return ALONE
     given = {key: os.environ[name] for key, name in names.items() if name in os.environ}
     for key, value in given.items():
         if not value.isdecimal():
             raise ValueError(f"{names[key]}={value!r}: a whole number, as torchrun sets it")
+    if int(given.get("rank", 0)) >= int(given["size"]):
+        raise ValueError(
+            f"RANK={given.get('rank', 0)}, WORLD_SIZE={given['size']}: processes are numbered "
+            "from 0, as torchrun does"
+        )
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")  # not always chosen; so also its process
     launch = f"{run_id} of process {os.getppid()}" if run_id else ""
     return World(**{key: int(value) for key, value in given.items()}, launch=launch)
@@ -179,10 +194,15 @@ def meet(world: World, backend: str) -> None:
     The store outlives a restart, and the addresses in it. Each life writes under its own number;
     not where there are several machines, each of which counts its own restarts.
     """
-    store, rank, size = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        store = dist.PrefixStore(f"life {world.restarts}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        with answered_by(signal.SIG_DFL, STOP):  # it waits without Python
+            store, rank, size = next(dist.rendezvous("env://"))
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+                store = dist.PrefixStore(f"life {world.restarts}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the processes cannot meet ({reason}): start them by torchrun") from None
 
 
 @contextmanager
@@ -200,8 +220,9 @@ def joined(backend: str) -> Iterator[World]:
         meet(world, backend)
         yield world
     except (Shared, Stopped):  # of all; who leaves alone would wait here for the others
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        with answered_by(lambda *_: None, STOP):  # torchrun may send a second one
+            if dist.is_initialized():
+                dist.destroy_process_group()
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):

@@ -5,11 +5,12 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nanolm import checkpoint, metrics
 from nanolm.batches import check_ids, evaluation_batches, training_batch
@@ -18,13 +19,13 @@ from nanolm.engine import Engine
 from nanolm.evaluation import bits_per_byte, evaluate, perplexity
 from nanolm.files import sync, write_text
 from nanolm.folder import METRICS_FILE, PICTURE, RUN_FILE
-from nanolm.model import GPT, count_parameters
+from nanolm.model import count_parameters
 from nanolm.parallel import World
 from nanolm.sampling import generate
 from nanolm.settings import TrainConfig
-from nanolm.signals import Stopped, noting
+from nanolm.signals import Noted, Stopped, noting
 from nanolm.tokenizer import TOKENIZER_FILE
-from nanolm.training import Batch, NotFinite, TrainState, train
+from nanolm.training import Batch, NotFinite, TrainState, flops_per_token, train
 
 # What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
 CPU_FLOPS_PER_THREAD = 2e10
@@ -42,6 +43,7 @@ class Run:
     world: World
     fresh: bool  # not resumed
     log: metrics.Metrics | None = None  # of process 0
+    noted: Noted = field(default_factory=Noted)  # the signals that wait for an answer
 
     def is_finished(self) -> bool:
         """Whether the run was resumed where nothing is left to do."""
@@ -124,7 +126,7 @@ class Run:
         """
         started, config = time.perf_counter(), self.config
         try:
-            with noting(say=self.world.leads) as noted:
+            with noting(say=self.world.leads) as self.noted:
                 train(
                     self.state,
                     self.engine,
@@ -138,10 +140,10 @@ class Run:
                     report=self.log.update if self.log else lambda step, **numbers: None,
                     save=self.save_for_signal,
                     world=self.world,
-                    noted=noted,
+                    noted=self.noted,
                 )
         except NotFinite as error:
-            advice = "with a lower learning_rate, or with dtype=float32"
+            advice = "and a lower learning_rate, or dtype=float32"
             raise NotFinite(f"{error}; {self.way_back()} {advice}") from None
         except Stopped as stop:
             raise Stopped(stop.number, f"{stop}; {self.way_back()}") from None
@@ -175,7 +177,7 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """The loss on fixed windows of both splits, and the validation loss as bits per byte."""
-        config, world = self.config, self.world
+        config = self.config
         whole = math.ceil((len(self.dataset.val) - 1) / config.block_size / config.batch_size)
         losses = {}
         for split, n in (("train", config.eval_iters or whole), ("val", config.eval_iters)):
@@ -185,24 +187,41 @@ class Run:
                 block_size=config.block_size,
                 n_batches=n,
             )
-            mine = islice(batches, world.rank, None, world.size)
             losses[f"{split}_loss"] = evaluate(
                 self.state.model,
-                (self.engine.move(*self.checked(batch)) for batch in mine),
+                self.my_share(batches),
                 autocast=self.engine.autocast,
-                add_up=world.add_up,
+                add_up=self.world.add_up,
             )
         bpb = bits_per_byte(losses["val_loss"], self.dataset.bytes_per_token)
         return {**losses, "bits_per_byte": bpb}
 
+    def my_share(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of every world.size batches one, on the device; Stopped where a signal has come."""
+        while turn := list(islice(batches, self.world.size)):
+            self.world.heed(self.noted)  # an evaluation can take longer than a scheduler waits
+            if self.world.rank < len(turn):
+                yield self.engine.move(*self.checked(turn[self.world.rank]))
+
     def evaluate_and_save(self) -> None:
-        """Evaluate, write a checkpoint (not of step 0), redraw the loss, show a sample."""
+        """Evaluate, write a checkpoint (not of step 0), redraw the loss, show a sample.
+
+        A signal to stop ends the evaluation; the run that goes on begins with it.
+        """
         state, started = self.state, time.perf_counter()
-        losses = self.evaluate()
+        try:
+            losses = self.evaluate()
+        except Stopped:
+            if state.step > 0:
+                self.save_for_signal()
+            raise
+        state.evaluated = state.step
         print(self.loss_line(losses), flush=True)
         if self.log:
             self.log.evaluation(state.step, seconds=time.perf_counter() - started, **losses)
         loss = losses["val_loss"]
+        if not math.isfinite(loss) and state.step >= self.config.max_iters:
+            raise NotFinite("the last evaluation's loss is not finite")
         if not math.isfinite(loss):
             print("warning   the loss is not finite: no checkpoint is written", flush=True)
             return
@@ -237,7 +256,7 @@ class Run:
         """What is left of the run where it cannot go on."""
         steps = checkpoint.step_files(self.folder)
         if not steps:
-            return "there is no checkpoint yet: start again"
+            return "there is no checkpoint yet: start again with --init_from=scratch"
         return f"the last checkpoint is {steps[-1]}: continue from it with --init_from=resume"
 
     def show(self) -> None:
@@ -246,7 +265,7 @@ class Run:
         title = f"{self.folder.name}: {self.config.dataset}, {size:,} parameters"
         try:
             metrics.draw_losses(self.folder / METRICS_FILE, self.folder / PICTURE, title=title)
-        except OSError as error:  # no reason to end a run
+        except Exception as error:  # whatever it is, it is no reason to end a run
             print(f"warning   no picture of the loss: {error}")
         if self.config.sample_tokens:
             print("\n".join(f"    | {line}" for line in self.sample().split("\n")), flush=True)
@@ -274,18 +293,7 @@ class Run:
             temperature=0.8,
             generator=torch.Generator(device).manual_seed(self.config.seed),
         )
-        text = tokenizer.decode(takewhile(lambda token: token != end, map(int, stream)))
+        tokens = takewhile(lambda token: token != end and not self.noted, map(int, stream))
+        text = tokenizer.decode(tokens)
         self.state.model.train()
         return text.strip("\n")
-
-
-def flops_per_token(model: GPT) -> float:
-    """Floating point operations of training the model on one token."""
-    config, lookups = model.config, []
-    if not config.tie_embeddings:
-        lookups.append(model.tokens.weight)
-    if config.position == "learned":
-        lookups.append(model.positions.weight)
-    n = count_parameters(model) - sum(weight.numel() for weight in lookups)
-    shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "head_size", "block_size")}
-    return metrics.flops_per_token(n, **shape)

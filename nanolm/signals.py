@@ -7,6 +7,7 @@ A training loop notes the signal instead, finishes its update, and answers then.
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -42,9 +43,10 @@ def answered_by(
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Turn signals to stop into Stopped, and leave those to save unanswered."""
+    """Turn the first signal to stop into Stopped, and leave those to save unanswered."""
 
     def leave(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing disturbs the way out
         raise Stopped(number)
 
     with answered_by(leave, STOP), answered_by(lambda *_: None, SAVE):
@@ -73,11 +75,11 @@ def noting(*, say: bool) -> Iterator[Noted]:
         noted.add(number)
         if number == signal.SIGINT:  # the next needs no Python, which may be waiting for a GPU
             signal.signal(number, signal.SIG_DFL)
-        if say and number in STOP:
+        if say and sys.stderr and number in STOP:
             again = " (Ctrl-C again leaves at once)" if number == signal.SIGINT else ""
-            line = f"\n{signal.Signals(number).name}: finishing this update, then saving{again}\n"
+            line = f"\n{signal.Signals(number).name}: finishing this step, then saving{again}\n"
             with suppress(OSError):  # print would fail where it interrupts another print
-                os.write(2, line.encode())
+                os.write(sys.stderr.fileno(), line.encode())
 
     with answered_by(note, SIGNALS):
         yield noted

@@ -10,16 +10,24 @@ from pathlib import Path
 
 import torch
 
+from nanolm import checkpoint
 from nanolm.batches import windows_per_epoch
 from nanolm.data import Dataset, open_dataset
-from nanolm.engine import Engine, choose_engine, find_hardware
-from nanolm.folder import check_tokenizer, find_start, fit_to_checkpoint, launch_of, run_folder
+from nanolm.engine import Engine, Hardware, choose_engine, find_hardware
+from nanolm.folder import (
+    check_tokenizer,
+    find_start,
+    fit_to_checkpoint,
+    launch_of,
+    remove_leftovers,
+    run_folder,
+)
 from nanolm.model import GPT
 from nanolm.optim import OPTIMIZERS, parameter_groups
 from nanolm.parallel import World, find_world, joined
-from nanolm.run import Run, flops_per_token
+from nanolm.run import Run
 from nanolm.settings import TrainConfig
-from nanolm.training import TrainState, settle_gradients
+from nanolm.training import TrainState, flops_per_token, settle_gradients
 
 
 def start_run(config: TrainConfig) -> None:
@@ -40,11 +48,15 @@ def start_run(config: TrainConfig) -> None:
             way, saved = find_start(config, folder, restarted=again)
             if saved:
                 check_tokenizer(folder if way == "resume" else Path(config.init_from), dataset)
+            remove_leftovers(folder)
             return way, saved
 
         way, saved = world.from_first(begin)
         with world.united():
-            run = ready_run(config, dataset, world, way, saved)
+            check_one_folder(config, world)
+        hardware = world.from_first(find_hardware)  # one choice for all, also on unlike machines
+        with world.united():
+            run = ready_run(config, dataset, world, hardware, way, saved)
         del saved  # as large as all that it was copied into
         if config.eval_only:
             run.describe()
@@ -64,7 +76,12 @@ def start_run(config: TrainConfig) -> None:
 
 
 def ready_run(
-    config: TrainConfig, dataset: Dataset, world: World, way: str, saved: dict | None
+    config: TrainConfig,
+    dataset: Dataset,
+    world: World,
+    hardware: Hardware,
+    way: str,
+    saved: dict | None,
 ) -> Run:
     """The run with all its objects, standing where way (see find_start) and saved put it."""
     if saved:
@@ -73,7 +90,8 @@ def ready_run(
     if resumed and saved["text"] != dataset.meta["train"]["sha256"]:
         print(f"changed   the text in {dataset.folder}: another one before")
     model = build_model(config)
-    engine = run_engine(config, model, world, saved["engine"] if resumed else None)
+    engine = run_engine(config, model, hardware, saved["engine"] if resumed else None)
+    engine = world.own_gpu(engine)
     state = build_state(config, model, engine)
     if resumed:
         state.load_state_dict(saved)
@@ -115,6 +133,17 @@ def check_alike(config: TrainConfig, dataset: Dataset, world: World) -> None:
         )
 
 
+def check_one_folder(config: TrainConfig, world: World) -> None:
+    """Raise ValueError where this machine has checkpoints of the run that process 0 has not."""
+    mine = {path.name for path in checkpoint.step_files(config.out_dir)}
+    more = mine - world.from_first(lambda: mine)
+    if more:
+        raise ValueError(
+            f"{config.out_dir} of this machine holds {max(more)}, and that of process 0 does not: "
+            "let the machines share the folder, or remove it here"
+        )
+
+
 # ------------------------------------------------------------------------------------------
 # The objects
 
@@ -141,18 +170,16 @@ def build_model(config: TrainConfig) -> GPT:
     return GPT(config.model_config())
 
 
-def run_engine(config: TrainConfig, model: GPT, world: World, before: dict | None) -> Engine:
-    """The engine that config and machine give; auto keeps what it chose for the run before."""
-    hardware = find_hardware()
+def run_engine(config: TrainConfig, model: GPT, hardware: Hardware, before: dict | None) -> Engine:
+    """The engine that config and hardware give; auto keeps what it chose for the run before."""
     asked = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
     if before:
         before = {**before, "device": before["device"].split(":")[0]}  # on whichever GPU is free
         kept = {key: before[key] if value == "auto" else value for key, value in asked.items()}
         with suppress(ValueError):  # the run has moved to a machine without that device
-            engine = choose_engine(hardware, **kept)
-            return world.own_gpu(replace(engine, reasons=("as the run began",) * 3), hardware)
+            return replace(choose_engine(hardware, **kept), reasons=("as the run began",) * 3)
     flops = flops_per_token(model) * config.tokens_per_update * config.max_iters
-    return world.own_gpu(choose_engine(hardware, **asked, flops=flops), hardware)
+    return choose_engine(hardware, **asked, flops=flops)
 
 
 def build_state(config: TrainConfig, model: GPT, engine: Engine) -> TrainState:

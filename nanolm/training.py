@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanolm import metrics
 from nanolm.batches import NO_TARGET
 from nanolm.engine import Engine
-from nanolm.model import GPT
+from nanolm.model import GPT, count_parameters
 from nanolm.parallel import ALONE, Shared, World
 from nanolm.signals import SIGNALS, STOP, Noted, Stopped
 
@@ -68,7 +69,8 @@ class TrainState:
         """Continue from what state_dict gave; the optimizer keeps its own decay and betas."""
         self.model.load_state_dict(saved["model"])
         groups = self.optimizer.param_groups
-        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        moving = ("params", "lr")  # each update sets its own rate
+        options = [{k: v for k, v in group.items() if k not in moving} for group in groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, mine in zip(self.optimizer.param_groups, options, strict=True):
             group.update(mine)
@@ -76,6 +78,18 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.evaluated = saved["step"], saved["evaluated"]
         self.best_val_loss, self.skipped = saved["best_val_loss"], saved["skipped"]
+
+
+def flops_per_token(model: GPT) -> float:
+    """Floating point operations of training the model on one token."""
+    config, lookups = model.config, []
+    if not config.tie_embeddings:
+        lookups.append(model.tokens.weight)
+    if config.position == "learned":
+        lookups.append(model.positions.weight)
+    n = count_parameters(model) - sum(weight.numel() for weight in lookups)
+    shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "head_size", "block_size")}
+    return metrics.flops_per_token(n, **shape)
 
 
 def dropout_seed(seed: int, step: int, micro_step: int) -> int:
@@ -196,7 +210,6 @@ def train(
     while True:
         due = state.step % eval_interval == 0 or state.step >= max_iters
         if due and state.evaluated != state.step:
-            state.evaluated = state.step
             evaluate()
         if state.step >= max_iters:
             return
@@ -215,8 +228,8 @@ def train(
         report(step, loss=loss, lr=rate, grad_norm=norm, seconds=time.perf_counter() - started)
         if state.skipped >= MAX_SKIPPED:
             raise NotFinite(
-                f"{state.skipped} updates in a row were not finite, up to {step} (loss {loss}, "
-                f"gradient norm {norm})"
+                f"{state.skipped} updates in a row were not finite, the last one in step {step} "
+                f"(loss {loss}, gradient norm {norm})"
             )
         if came:
             save()

@@ -124,6 +124,7 @@ def world(size: str) -> tuple[tuple[str, str], ...]:
 
 
 AGAIN = "prepare it again"
+AGAIN_FROM = ("train", *TINY, "--out_dir=out/tiny", "--overwrite=true")
 ALL = train("--gradient_accumulation_steps=2", "--backend=nccl")
 TOKENS = "data/tiny/nanolm_tokenizer.json"
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -165,6 +166,7 @@ ROWS = [
     row("dtype", nothing, train("--dtype=int8"), "dtype='int8'", "float32, bfloat16"),
     row("compile", nothing, train("--compile=maybe"), "compile='maybe'", "auto, True or False"),
     row("ranks", nothing, TRAIN, "2 processes", "multiple of 2", environment=world("2")),
+    row("none", nothing, TRAIN, "WORLD_SIZE=0", "from 0", environment=world("0")),
     row("no ranks", nothing, TRAIN, "WORLD_SIZE='two'", "torchrun", environment=world("two")),
     row(
         "nccl", nothing, ALL, "'nccl'", "--backend=auto", environment=world("2"), marks=(no_cuda,)
@@ -245,8 +247,14 @@ ROWS = [
     row("resume empty", folder("out/new"), train("--init_from=resume"), "out/new", "first"),
     row("over a run", nothing, ("train", *TINY, "--out_dir=out/tiny"), "out/tiny", "=resume"),
     row("other model", nothing, (*RESUME, "--n_layer=2"), "n_layer is 1 there and 2 here"),
-    row("damaged", change("out/tiny/step_*.pt", flip), RESUME, "out/tiny", "damaged"),
-    row("cut off", change("out/tiny/step_*.pt", lambda b: b[:99]), RESUME, "no sound checkpoint"),
+    row("damaged", change("out/tiny/*.pt", flip), RESUME, "out/tiny", "damaged"),
+    row("cut off", change("out/tiny/*.pt", lambda b: b[:99]), RESUME, "no sound", "--overwrite"),
+    row("lost tokens", remove("out/tiny/*tokenizer*"), RESUME, "has lost its", "data/tiny"),
+    row("itself", nothing, (*AGAIN_FROM, "--init_from=out/tiny"), "also the out_dir", "=resume"),
+    row(
+        "step folder", folder("out/tiny/step_7.pt"), AGAIN_FROM, "step_7.pt is a folder", "remove"
+    ),
+    row("log folder", folder("out/new/metrics.jsonl"), TRAIN, "is a folder", "remove it first"),
     row("other tokens", other_text("xyz" * 99), (*RESUME, "--dataset=other"), "another tokenizer"),
     # sampling
     row("no run", folder("a"), ("sample", "--out_dir=a"), "a is not", "train.py"),

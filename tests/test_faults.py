@@ -469,9 +469,9 @@ def test_a_bad_checkpoint_is_named_once_and_costs_only_time(
 
 
 @pytest.mark.parametrize("way", ["resume", "auto"])
-def test_a_run_without_a_sound_step_stops_and_changes_nothing(way, stopped_run, run_main):
+def test_a_run_without_a_sound_file_stops_and_changes_nothing(way, stopped_run, run_main):
     """Never start from 0 where something is lost; what is left may still be rescued."""
-    for i, path in enumerate(checkpoint.step_files(stopped_run)):
+    for i, path in enumerate(stopped_run.glob("*.pt")):
         cut(100 * i)(path)
     before = {path: path.read_bytes() for path in stopped_run.iterdir()}
     keys = [*TINY, *EIGHT_UPDATES, "--out_dir=out/x", f"--init_from={way}"]
@@ -479,6 +479,17 @@ def test_a_run_without_a_sound_step_stops_and_changes_nothing(way, stopped_run, 
     assert code == 2
     assert re.fullmatch(r"error: out/x has no sound checkpoint: .*step_00000002\.pt.*\n", err)
     assert before == {path: path.read_bytes() for path in stopped_run.iterdir()}
+
+
+def test_the_best_is_taken_where_no_step_is_sound(stopped_run, capsys):
+    """It holds all that a step does."""
+    best = checkpoint.load(stopped_run / checkpoint.BEST)["step"]
+    for path in checkpoint.step_files(stopped_run):
+        path.unlink()
+        path.write_bytes(b"damaged")
+    train(*EIGHT_UPDATES, "--init_from=resume")
+    assert f"resumed at step {best}" in capsys.readouterr().out
+    assert outcome("out/x") == outcome("out/whole")
 
 
 @pytest.mark.parametrize("flips", [100, pytest.param(1000, marks=pytest.mark.long)])
@@ -539,9 +550,8 @@ def fill_disk(monkeypatch) -> Callable[..., None]:
 def full_disk_is_said(path: str, err: str) -> bool:
     """Whether the one line names the file, what it needs, and the way back."""
     pattern = (
-        rf"error: cannot write {re.escape(path)}: .+; it needs \d[\d,.]* MB, and the disk has "
-        r"[\d,.]+ MB left; the last checkpoint is out/x/step_00000006\.pt: continue from it with "
-        r"--init_from=resume\n"
+        rf"error: cannot write {re.escape(path)}: [^;]+; it needs \d{{2}},\d{{3}} bytes; the last "
+        r"checkpoint is out/x/step_00000006\.pt: continue from it with --init_from=resume\n"
     )
     return bool(re.fullmatch(pattern, err))
 

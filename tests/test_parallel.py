@@ -30,7 +30,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from nanolm import checkpoint, run, start, training
 from nanolm.batches import evaluation_batches
 from nanolm.data import open_dataset
-from nanolm.engine import Engine, Hardware
+from nanolm.engine import Engine
 from nanolm.files import lock
 from nanolm.metrics import read_metrics
 from nanolm.parallel import ALONE, World, choose_backend, find_world
@@ -333,7 +333,7 @@ def test_an_update_that_is_not_finite_in_one_process_is_made_by_none(size, rank)
     for step in range(10):
         for part in ("weights", "moments"):
             assert (first[step][part] == first[step + 1][part]) == (step in faults)
-    assert [math.isfinite(loss) for loss in losses("out/x")] == [
+    assert [loss is not None for loss in losses("out/x")] == [
         faults.get(step, "gradient") == "gradient" for step in range(10)
     ]
     assert_checkpoints_are_finite("out/x", steps=list(range(1, 11)))
@@ -355,7 +355,7 @@ def test_three_updates_in_a_row_that_are_not_finite_end_the_run_with_one_line(si
     assert [row["skipped"] for row in first] == [0, 0, 0, 0, 0, 1, 2, 3]
     (line,) = errors()
     assert line in logs()[0]
-    assert line.startswith("error: 3 updates in a row were not finite, up to 6 (loss ")
+    assert line.startswith("error: 3 updates in a row were not finite, the last one in step 6 ")
     for advice in ("out/x/step_00000005.pt", "init_from=resume", "learning_rate", "dtype=float32"):
         assert advice in line
     assert not any(logs()[1:])
@@ -523,7 +523,7 @@ def test_a_process_alone_needs_no_others():
     model, engine = torch.nn.Linear(2, 3), Engine("cuda:7", "float32", compile=False)
     with ALONE.sharing_gradients(model) as forward:
         assert forward is model
-    assert ALONE.own_gpu(engine, Hardware()) is engine
+    assert ALONE.own_gpu(engine) is engine
 
 
 @pytest.mark.parametrize("came", [(), SIGNALS[:1], SIGNALS])
@@ -550,6 +550,7 @@ def test_a_process_learns_from_torchrun_which_one_it_is(monkeypatch):
 @pytest.mark.parametrize("value", ["", "two", "-1", "1.5"])
 @pytest.mark.parametrize("name", VARIABLES)
 def test_a_variable_that_is_no_number_is_named(name, value, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "9")
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name}='{re.escape(value)}'"):
         find_world()
@@ -581,10 +582,11 @@ def test_the_backend_follows_the_hardware_unless_it_is_asked_for(gpu, monkeypatc
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(device, local_rank, expected, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     world, engine = World(local_rank, 3, local_rank), Engine(device, "float32", compile=False)
     if " " in expected:
         with pytest.raises(ValueError, match=re.escape(expected)):
-            world.own_gpu(engine, Hardware(cuda=True, cuda_count=2))
+            world.own_gpu(engine)
     else:
-        assert world.own_gpu(engine, Hardware(cuda=True, cuda_count=2)).device == expected
+        assert world.own_gpu(engine).device == expected
     assert chosen == ([local_rank] if ":" in expected and " " not in expected else [])

@@ -247,7 +247,7 @@ def test_eval_only_evaluates_and_changes_nothing(tiny_run, capsys):
 def test_the_checkpoints_in_a_folder_are_all_of_one_run(tiny_run):
     """An overwritten run goes as the new one begins, or a restart would take up the wrong one."""
     folder = train()
-    with pytest.raises(ValueError, match="there is no checkpoint yet: start again with a lower"):
+    with pytest.raises(ValueError, match="start again with --init_from=scratch and a lower"):
         train("--overwrite=true", "--learning_rate=1e30", "--max_iters=20")
     assert not list(folder.glob("*.pt"))
     assert not [row for row in numbers(folder) if row["step"] > 3]
