@@ -279,18 +279,22 @@ def test_a_real_kill_leaves_a_whole_dataset_or_none(seconds, texts_here):
     assert content(prepare("x", inputs=("a.txt",))) == before
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
 @pytest.mark.parametrize(("written", "seconds"), [(0, 0.05), (0, 0.15), (1, 0)])
-def test_ctrl_c_is_one_line_and_leaves_no_dataset_and_no_process(written, seconds, workplace):
-    """While the workers start, and while they work."""
+def test_a_stop_is_one_line_and_leaves_no_dataset_and_no_process(
+    written, seconds, stop, workplace
+):
+    """While the workers start, and while they work. The terminal sends Ctrl-C to all of them."""
     BPE.save("bpe.json")
     process, ids = start_prepare("--tokenizer=bpe.json"), Path("data/x/.partial/train.bin")
     while not ids.exists() or ids.stat().st_size < written:
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(seconds)
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
     out, err = process.communicate(timeout=20)  # until no process holds their other ends
-    assert (process.returncode, out, err.strip()) == (130, "", "interrupted")
+    said = (process.returncode, out, err.strip())
+    assert said == (128 + stop, "", f"stopped by {stop.name}")
     assert not Path("data").exists()
 
 
