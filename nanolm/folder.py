@@ -74,39 +74,47 @@ def find_start(
     A run that torchrun has restarted resumes, however it began. Raises ValueError or
     FileNotFoundError where that cannot be.
     """
-    steps, way = checkpoint.step_files(folder), config.init_from
-    there = steps or (folder / checkpoint.BEST).exists()
+    way, there = config.init_from, holds_a_run(folder)
     if there and (restarted or way == "auto"):
         way = "resume"
     elif way == "auto":
         way = "scratch"
     if way not in ("scratch", "resume") and not (way and Path(way).is_dir()):
         raise ValueError(f"init_from={way!r}: choose scratch, resume, auto or the folder of a run")
+    if way == "resume":
+        loaded = checkpoint.load_newest(folder, check_content)
+    else:
+        check_replaceable(config, folder, way)
+        if way == "scratch":
+            return way, None
+        loaded = checkpoint.load_best(way, check_content)
+    saved, problems = loaded
+    for problem in problems:
+        print(f"warning   {problem}; using another one")
+    return (way if way == "resume" else "weights"), saved
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether there is a checkpoint in the folder, sound or not."""
+    return bool(checkpoint.step_files(folder)) or (folder / checkpoint.BEST).exists()
+
+
+def check_replaceable(config: TrainConfig, folder: Path, way: str) -> None:
+    """Raise ValueError where the run in the folder must not, or cannot, give way to a new one."""
     harmless = config.overwrite or (config.eval_only and way != "scratch")
-    if way != "resume" and there and not harmless:
+    if holds_a_run(folder) and not harmless:
         raise ValueError(
             f"{folder} holds a run already: continue it with --init_from=resume, choose another "
             "--out_dir, or replace it with --overwrite=true"
         )
-    if way not in ("scratch", "resume") and folder.samefile(way):
+    if way != "scratch" and folder.samefile(way) and not config.eval_only:
         raise ValueError(
             f"init_from={way!r} is also the out_dir: continue the run with --init_from=resume, or "
             "choose another --out_dir"
         )
-    if way != "resume":
-        for path in steps:
-            if path.is_dir():
-                raise ValueError(f"{path} is a folder: remove it first")
-    if way == "scratch":
-        return way, None
-    resume = way == "resume"
-    if resume:
-        saved, problems = checkpoint.load_newest(folder, check_content)
-    else:
-        saved, problems = checkpoint.load_best(way, check_content)
-    for problem in problems:
-        print(f"warning   {problem}; using another one")
-    return ("resume" if resume else "weights"), saved
+    for path in checkpoint.step_files(folder):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: remove it first")
 
 
 def saved_model_config(saved: dict) -> ModelConfig:
