@@ -473,6 +473,29 @@ def test_what_is_wrong_at_the_start_is_said_once_and_changes_nothing(child, key,
     assert files() == before
 
 
+def train_elsewhere(*arguments: str) -> None:
+    """train.py, with the second process on a machine that does not share the first one's disk."""
+    if os.environ["RANK"] == "1":
+        os.chdir("elsewhere")
+    run_train(*arguments)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_machines_with_disks_of_their_own_train_together_unless_one_hides_a_run(old):
+    """Which machine is the first one is torchrun's choice, and may change from start to start."""
+    shutil.copytree("data", "elsewhere/data")
+    if old:
+        shutil.copytree("out/tiny", "elsewhere/out/x")
+    children = start_ranks(2, train_elsewhere, *FLAGS, "--out_dir=out/x", "--init_from=auto")
+    assert end(*children, timeout=30) == [2 * old] * 2, logs()
+    if old:
+        (line,) = errors()
+        assert "out/x of this machine holds step_00000004.pt" in line
+        assert "share the folder" in line
+    assert Path("out/x").exists() == (not old)
+    assert Path("elsewhere/out").exists() == old
+
+
 def die(state: TrainState, world: World, *, rank: int, evaluating: bool) -> None:
     """Let a process end without a word in the middle of update 3, or in an evaluation."""
 
