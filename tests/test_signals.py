@@ -370,6 +370,24 @@ def test_leaving_at_once_turns_signals_to_stop_into_an_exception(number, came):
 
 
 @names("number", STOP)
+def test_a_second_signal_does_not_disturb_the_way_out(number, came):
+    """Who is asked twice, as some schedulers do, still takes back what was begun."""
+    tidied = []
+
+    def work():
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(SIGTERM)
+            tidied.append(True)
+
+    with pytest.raises(Stopped), leaving_at_once():
+        work()
+    assert tidied
+    assert came == []
+
+
+@names("number", STOP)
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_what_is_held_back_comes_when_the_block_ends(number, error, came):
     """Once, and to the handler that was there before; what saves is no matter of this block."""
