@@ -151,9 +151,12 @@ class Run:
             raise
         except OSError as error:
             raise ValueError(f"{error}; {self.way_back()}") from None
-        best, seconds = self.state.best_val_loss, time.perf_counter() - started
-        if best is None:
-            return
+        if self.state.best_val_loss is not None:
+            self.describe_end(time.perf_counter() - started)
+
+    def describe_end(self, seconds: float) -> None:
+        """Say on the console what came out, and how to use it."""
+        best = self.state.best_val_loss
         bits = bits_per_byte(best, self.dataset.bytes_per_token)
         print(f"done      in {metrics.duration(seconds)}")
         print(

@@ -41,17 +41,7 @@ def start_run(config: TrainConfig) -> None:
         config, dataset = world.one_by_one(lambda: fit_to_dataset(config))
         with world.united():
             check_alike(config, dataset, world)
-
-        def begin() -> tuple[str, dict | None]:
-            folder = stack.enter_context(run_folder(config.out_dir))
-            again = world.restarts > 0 and launch_of(folder) == world.launch
-            way, saved = find_start(config, folder, restarted=again)
-            if saved:
-                check_tokenizer(folder if way == "resume" else Path(config.init_from), dataset)
-            remove_leftovers(folder)
-            return way, saved
-
-        way, saved = world.from_first(begin)
+        way, saved = world.from_first(lambda: begin(config, dataset, world, stack))
         with world.united():
             check_one_folder(config, world)
         hardware = world.from_first(find_hardware)  # one choice for all, also on unlike machines
@@ -73,6 +63,19 @@ def start_run(config: TrainConfig) -> None:
                 world.from_first(run.record)
                 run.describe()
                 run.train()
+
+
+def begin(
+    config: TrainConfig, dataset: Dataset, world: World, stack: ExitStack
+) -> tuple[str, dict | None]:
+    """Take the run's folder, until the stack is closed; where the run starts (see find_start)."""
+    folder = stack.enter_context(run_folder(config.out_dir))
+    again = world.restarts > 0 and launch_of(folder) == world.launch
+    way, saved = find_start(config, folder, restarted=again)
+    if saved:
+        check_tokenizer(folder if way == "resume" else Path(config.init_from), dataset)
+    remove_leftovers(folder)
+    return way, saved
 
 
 def ready_run(
