@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from nanolm.batches import NO_TARGET
+
 
 @torch.no_grad()
 def evaluate(
@@ -34,7 +36,7 @@ def evaluate(
     for ids, targets in batches:
         with autocast():
             _, loss = model(ids, targets)
-        n = (targets != -1).sum()
+        n = (targets != NO_TARGET).sum()
         sums.append(torch.stack((loss * n, n)))
     model.train(was_training)
     sums = torch.stack(sums).tolist() if sums else [[0.0, 0.0]]

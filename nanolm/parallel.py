@@ -122,9 +122,11 @@ class World:
 
         For what those then make for the others, on a disk that machines may share or not.
         """
-        for turn in (self.leads, self.local_rank == 0, True):
+        mine = 0 if self.leads else 1 if self.local_rank == 0 else 2
+        for turn in range(3):
             with self.united():
-                value = function() if turn else None
+                if turn == mine:
+                    value = function()
         return value
 
     def own_gpu(self, engine: Engine) -> Engine:

@@ -223,9 +223,9 @@ class Run:
         if self.log:
             self.log.evaluation(state.step, seconds=time.perf_counter() - started, **losses)
         loss = losses["val_loss"]
-        if not math.isfinite(loss) and state.step >= self.config.max_iters:
-            raise NotFinite("the last evaluation's loss is not finite")
         if not math.isfinite(loss):
+            if state.step >= self.config.max_iters:
+                raise NotFinite("the last evaluation's loss is not finite")
             print("warning   the loss is not finite: no checkpoint is written", flush=True)
             return
         if state.step > 0:

@@ -59,7 +59,7 @@ class Noted(set):
     def take(self) -> set[int]:
         """Those that came since the last call."""
         taken = self.copy()
-        self -= taken
+        self.difference_update(taken)
         return taken
 
 

@@ -1,12 +1,13 @@
 """What a run leaves, in a form in which == compares it to the last bit."""
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanolm.checkpoint import BEST, load, step_files
+from nanolm.checkpoint import BEST, load, step_files, step_of
 from nanolm.metrics import read_metrics
 
 WAYS = ("out_dir", "init_from", "overwrite")  # keys that say only how a run was started
@@ -25,6 +26,16 @@ def numbers(folder: str | Path) -> list[dict]:
     """The rows of a run's metrics, but for its speed."""
     rows = read_metrics(Path(folder, "metrics.jsonl"))
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def cut(folder: str | Path, *, after: int) -> Path:
+    """A copy of a run that has come no further than a step; its metrics still tell of the rest."""
+    copy = Path(shutil.copytree(folder, f"{folder}_cut{after}"))
+    for path in step_files(copy):
+        if step_of(path) > after:
+            path.unlink()
+    (copy / BEST).unlink()
+    return copy
 
 
 def outcome(folder: str | Path) -> dict:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from children import end, run_train, start_ranks
 from conftest import TINY
+from outcomes import cut
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from nanolm import checkpoint, run, start, training
@@ -148,16 +149,6 @@ def test_many_processes_learn_what_one_does_in_half_precision(dtype):
         assert_close(losses("out/many", key), losses("out/one", key), tolerance=0.03)
     assert first == other
     assert [row["scaler"] for row in first] == [row["scaler"] for row in alone]
-
-
-def cut(folder: str, *, after: int) -> str:
-    """A copy of a run whose last checkpoint is that of step after."""
-    copy = Path(shutil.copytree(folder, f"{folder}_cut"))
-    for path in checkpoint.step_files(copy):
-        if checkpoint.step_of(path) > after:
-            path.unlink()
-    (copy / checkpoint.BEST).unlink()
-    return str(copy)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from outcomes import frozen, numbers
+from outcomes import cut, frozen, numbers
 
 from nanolm.batches import training_batch
 from nanolm.checkpoint import load
@@ -76,16 +75,13 @@ def test_a_resumed_run_is_the_run_that_never_stopped(keys, tiny_run, batches_see
     batches = batches_seen[1:]  # the first one is only looked at
     steps = STEPS if "--compile=true" not in keys else (9,)
     for step in [step for step in steps if (whole / f"step_{step:08d}.pt").exists()]:
-        cut = Path(shutil.copytree(whole, f"out/cut{step}"))
-        for path in [*cut.glob("step_*"), cut / "best.pt"]:
-            if path.name == "best.pt" or int(path.stem[5:]) > step:
-                path.unlink()  # metrics.jsonl still tells of what is lost
+        copy = cut(whole, after=step)
         batches_seen.clear()
-        train(*keys, f"--out_dir={cut}", "--init_from=resume")
+        train(*keys, f"--out_dir={copy}", "--init_from=resume")
         assert frozen(batches_seen[1:]) == frozen(batches[step * len(batches) // 20 :])
-        pair = [frozen(load(folder / "step_00000020.pt")) for folder in (whole, cut)]
+        pair = [frozen(load(folder / "step_00000020.pt")) for folder in (whole, copy)]
         assert pair[0] == pair[1]
-        assert numbers(cut) == numbers(whole)
+        assert numbers(copy) == numbers(whole)
 
 
 def test_a_resumed_run_keeps_what_auto_chose(tiny_run, monkeypatch, capsys):

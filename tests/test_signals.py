@@ -30,7 +30,7 @@ from outcomes import outcome
 import prepare
 from nanolm import data, run, signals, training
 from nanolm import start as run_start
-from nanolm.checkpoint import load, step_files
+from nanolm.checkpoint import load, step_files, step_of
 from nanolm.config import run_script
 from nanolm.metrics import read_metrics
 from nanolm.signals import STOP, Stopped, held_back, leaving_at_once, noting
@@ -474,7 +474,7 @@ def test_torchrun_passes_signals_on_and_its_run_goes_on(tiny_run):
         wait_until(lambda: re.search(r"saved .* in out/x\n", log.read_text()))
         process.terminate()
         process.wait(25)  # torchrun would kill after 30
-    said, steps = log.read_text(), [int(path.stem[5:]) for path in step_files(RUN)]
+    said, steps = log.read_text(), [step_of(path) for path in step_files(RUN)]
     assert len(steps) == 2
     for step in steps:
         assert said.count(f"saved     step {step} in out/x") == 1
