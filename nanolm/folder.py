@@ -19,7 +19,7 @@ from nanolm import checkpoint
 from nanolm.data import SEAL, Dataset
 from nanolm.files import lock, made_folder, remove_temporaries, write_text
 from nanolm.model import GPT, ModelConfig
-from nanolm.optim import parameter_groups
+from nanolm.optim import memory_names, parameter_groups
 from nanolm.settings import MODEL_KEYS, SHAPE_KEYS, TrainConfig
 from nanolm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -152,7 +152,8 @@ def check_content(saved: dict) -> None:
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
             raise ValueError(f"its {name} is {found.get(name)} and not {wanted.get(name)}")
-    check_optimizer(saved["optimizer"], parameter_groups(model, 0.0))
+    optimizer = saved["config"]["optimizer"]
+    check_optimizer(saved["optimizer"], parameter_groups(model, 0.0, optimizer), optimizer)
 
 
 def like(tensor: torch.Tensor) -> str:
@@ -160,20 +161,26 @@ def like(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.layout}"
 
 
-def check_optimizer(saved: dict, groups: list[dict]) -> None:
+def check_optimizer(saved: dict, groups: list[dict], optimizer: str) -> None:
     """Raise ValueError where an optimizer's saved state is not that for these parameters."""
-    sizes = [len(group["params"]) for group in saved["param_groups"]]
     parameters = [parameter for group in groups for parameter in group["params"]]
-    moments = saved["state"]  # empty before the first update
-    right = sizes == [len(group["params"]) for group in groups]
-    right = right and len(moments) in (0, len(parameters))
-    right = right and len({frozenset(moment) for moment in moments.values()}) <= 1
-    if not right:
+    names = [memory_names(optimizer, group) for group in groups for _ in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    sizes = [[len(group["params"]) for group in some] for some in (groups, saved["param_groups"])]
+    memories = saved["state"]  # empty before the first update
+    if sizes[0] != sizes[1] or numbers != list(range(len(parameters))):
         raise ValueError("its optimizer is that of another model")
-    for i, moment in moments.items():
-        for name, tensor in moment.items():
-            if name != "step" and like(tensor) != like(parameters[i]):
-                raise ValueError(f"its optimizer's {name} is {like(tensor)}")
+    if memories and sorted(memories) != numbers:
+        raise ValueError("its optimizer remembers some of its parameters, and not others")
+    for number, memory in memories.items():
+        if set(memory) != names[number]:
+            raise ValueError(f"its optimizer remembers {', '.join(memory)} and is no {optimizer}")
+        for name, value in memory.items():
+            if name == "step":
+                if not float(value) >= 1:
+                    raise ValueError(f"its optimizer's step is {float(value)}")
+            elif like(value) != like(parameters[number]):
+                raise ValueError(f"its optimizer's {name} is {like(value)}")
 
 
 def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig:
@@ -190,7 +197,7 @@ def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig
     changed = {key for key in new if key in old and old[key] != new[key]}
     wrong = [
         f"{key} is {old[key]!r} there and {new[key]!r} here"
-        for key in SHAPE_KEYS
+        for key in (*SHAPE_KEYS, "optimizer")
         if key in changed
     ]
     if wrong:

@@ -36,11 +36,11 @@ class TrainConfig(ModelConfig):
     gradient_accumulation_steps: int = 40  # micro-batches per update
     seed: int = 1337  # of weights, data order and dropout
     # optimizer
-    optimizer: str = "adamw"  # adamw
+    optimizer: str = "adamw"  # adamw | muon | lamb | sgd: see nanolm/optim.py
     learning_rate: float = 6e-4  # at its peak
     max_iters: int = 600000  # updates
     weight_decay: float = 1e-1  # of matrices
-    beta1: float = 0.9  # decay of the running mean of gradients
+    beta1: float = 0.9  # decay of the running mean of gradients: the momentum
     beta2: float = 0.95  # decay of the running mean of their squares
     grad_clip: float = 1.0  # gradients longer than this are scaled down; 0: none
     decay_lr: bool = True  # False: the same rate at every update
@@ -61,8 +61,8 @@ class TrainConfig(ModelConfig):
         require_at_least(self, 1, "gradient_accumulation_steps lr_decay_iters cooldown_iters")
         require_at_least(self, 0, "eval_iters sample_tokens seed max_iters warmup_iters")
         require_at_least(self, 0, "weight_decay grad_clip min_lr")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate}: must be above 0")
+        if not 0 < self.learning_rate <= 1e30:  # float32 holds no more
+            raise ValueError(f"learning_rate={self.learning_rate}: must be above 0, at most 1e30")
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise ValueError(
                 f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}"

@@ -190,7 +190,7 @@ def build_state(config: TrainConfig, model: GPT, engine: Engine) -> TrainState:
     if engine.device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = model.to(engine.device)
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.optimizer)
     betas = (config.beta1, config.beta2)
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=betas)
     scaler = torch.amp.GradScaler(engine.device_type, enabled=engine.dtype == "float16")

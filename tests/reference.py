@@ -217,12 +217,46 @@ def cross_entropy(logits, targets):
 # Optimization
 
 
-def adamw(w, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
-    """One update of Loshchilov & Hutter 2019, algorithm 2; step counts from 1. Returns w, m, v."""
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g**2
-    m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
-    return w - lr * (weight_decay * w + m_hat / (np.sqrt(v_hat) + eps)), m, v
+# An optimizer takes a weight, its gradient, its memories m and v, and step, which counts from 1;
+# it returns the new weight, m and v.
+
+
+def adam_direction(g, m, v, step, betas):
+    """m_hat / (sqrt(v_hat) + eps), m and v (Kingma & Ba 2015, algorithm 1)."""
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g**2
+    m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    return m_hat / (np.sqrt(v_hat) + 1e-8), m, v
+
+
+def adamw(w, g, m, v, step, *, lr, betas, weight_decay):
+    """Loshchilov & Hutter 2019, algorithm 2."""
+    direction, m, v = adam_direction(g, m, v, step, betas)
+    return w - lr * (weight_decay * w + direction), m, v
+
+
+def lamb(w, g, m, v, step, *, lr, betas, weight_decay):
+    """You et al. 2020, algorithm 2, with phi(x) = x."""
+    direction, m, v = adam_direction(g, m, v, step, betas)
+    u = direction + weight_decay * w
+    return w - lr * np.linalg.norm(w) / np.linalg.norm(u) * u, m, v
+
+
+def sgd(w, g, m, v, step, *, lr, betas, weight_decay):
+    """Momentum as Sutskever et al. 2013, eq. 1, has it, with the rate outside of the memory."""
+    m = betas[0] * m + g + weight_decay * w
+    return w - lr * m, m, v
+
+
+def muon(w, g, m, v, step, *, lr, betas, weight_decay):
+    """Jordan et al. 2024; the length of a step as in Liu et al. 2025, eq. 4."""
+    m = betas[0] * m + (1 - betas[0]) * g
+    u, s, vt = np.linalg.svd(betas[0] * m + (1 - betas[0]) * g, full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    length = 0.2 * math.sqrt(max(w.shape))
+    return w - lr * (weight_decay * w + length * (u * s) @ vt), m, v
 
 
 def clip(grads, max_norm):

@@ -409,7 +409,7 @@ def transpose_a_weight(content: dict) -> None:
 
 def enlarge_a_moment(content: dict) -> None:
     moments = content["optimizer"]["state"][0]
-    name = next(name for name, moment in moments.items() if moment.dim())
+    name = next(name for name in moments if name != "step")
     moments[name] = torch.cat((moments[name], moments[name]))
 
 

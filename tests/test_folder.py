@@ -40,6 +40,12 @@ ABSURD = {
     "no moments of one": lambda saved: saved["optimizer"]["state"].pop(0),
     "half of the moments": lambda saved: first_moment(saved).pop("exp_avg"),
     "a moment of no shape": lambda saved: first_moment(saved).update(exp_avg=torch.tensor(1.0)),
+    "a memory more": lambda saved: first_moment(saved).update(more=torch.ones(29, 8)),
+    "a step of -1": lambda saved: first_moment(saved).update(step=torch.tensor(-1.0)),
+    "a step of many": lambda saved: first_moment(saved).update(step=torch.ones(2)),
+    "another optimizer": lambda saved: saved["config"].update(optimizer="sgd"),
+    "AdamW's groups": lambda saved: saved["config"].update(optimizer="adamw"),
+    "other numbers": lambda saved: saved["optimizer"]["param_groups"][1]["params"].reverse(),
     "other groups": lambda saved: saved["optimizer"]["param_groups"].pop(),
 }
 
