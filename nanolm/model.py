@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanolm.attention import KVCache, MultiHeadAttention, RMSNorm, rotary_angles
+from nanolm.loss import projected_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,25 +253,14 @@ class GPT(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             x = block(x, angles, cache[i] if cache else None)
-        logits = self.head(self.norm(x))  # (B, T, V)
-        return (logits, None) if targets is None else (None, cross_entropy(logits, targets))
+        x = self.norm(x)
+        if targets is None:
+            return self.head(x), None  # (B, T, V)
+        return None, projected_cross_entropy(x, self.head.weight, targets)
 
     def new_cache(self) -> list[KVCache]:
         """An empty cache for forward: one KVCache per layer, with room for block_size tokens."""
         return [KVCache(self.config.block_size) for _ in self.blocks]
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(logits)[target] over targets that are not -1; 0 where there is none.
-
-    logits: (B, T, V), of any precision: the softmax is computed in at least fp32. targets: (B, T).
-    """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    total = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
-    )
-    return total / (targets != -1).sum().clamp(min=1)
 
 
 @torch.no_grad()

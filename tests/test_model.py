@@ -24,7 +24,7 @@ from strategies import (
 )
 
 from nanolm.attention import KVCache
-from nanolm.model import GPT, MLPS, NORMS, ModelConfig, count_parameters, cross_entropy, sinusoids
+from nanolm.model import GPT, MLPS, NORMS, ModelConfig, count_parameters, sinusoids
 
 TINY = ModelConfig(vocab_size=17, block_size=11, n_layer=2, n_head=2, n_embd=6)
 
@@ -172,37 +172,6 @@ def test_half_precision_gives_an_fp32_loss_near_the_exact_one(path, config, seed
     assert loss.dtype == torch.float32
     assert close(loss, exact, 0.03)
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-# The loss
-
-
-@given(seeds, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([1.0, 100.0]))
-@settings(deadline=None, max_examples=20)
-def test_cross_entropy_is_its_formula(seed, ignored, scale):
-    logits = np.random.default_rng(seed).normal(size=(2, 11, 17)) * scale
-    targets = some_targets(TINY, seed, ignored)
-    loss = cross_entropy(torch.from_numpy(logits), targets)
-    assert close(loss, reference.cross_entropy(logits, targets.numpy()), 1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_loss_of_no_target_is_exactly_0_with_a_gradient_of_0(dtype):
-    logits = torch.randn(2, 3, 5, dtype=dtype, requires_grad=True)
-    loss = cross_entropy(logits, torch.full((2, 3), -1))
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(logits.grad, torch.zeros_like(logits))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_softmax_of_half_precision_logits_is_computed_in_fp32(dtype):
-    """A sum over many tokens would lose most of its digits, in fp16 overflow."""
-    logits = (torch.randn(2, 3, 5003, generator=torch_seeded(0)) * 4).to(dtype)
-    targets = torch.tensor([[0, 7, -1], [4999, -1, 3]])
-    loss = cross_entropy(logits, targets)
-    assert loss.dtype == torch.float32
-    assert close(loss, reference.cross_entropy(logits.double().numpy(), targets.numpy()))
 
 
 # The cache

@@ -1,0 +1,97 @@
+"""The loss: how surprised a model is by the tokens that came.
+
+A model ends in a product: the last vector x of each position with the embedding of each of the V
+tokens. These scores, the logits z = W x, are log probabilities up to a constant, and the loss is
+the mean surprise at the targets (cross-entropy):
+
+    loss = mean over positions of  log(sum_j exp z_j) - z_target
+
+With a vocabulary of tens of thousands the logits are by far the largest tensor of training, and
+their gradient is one more. But that gradient is known as soon as they are, softmax(z) with 1 taken
+off at the target; so a chunk of positions can be finished, forward and backward, before the next
+one begins, and only the gradients of x and W, which are needed in any case, outlive it.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+# So many logits at a time; two or three tensors of this size exist at once. On a CPU the gradient
+# of GPT-2's W is larger already; a GPU wants more work at once.
+CHUNK = {"cpu": 6_000_000, "cuda": 120_000_000}
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log softmax(logits)[target] over targets that are not -1; 0 where there is none.
+
+    logits: (B, T, V), of any precision: the softmax is computed in at least fp32. targets: (B, T).
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    total = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
+    )
+    return total / (targets != -1).sum().clamp(min=1)
+
+
+def projected_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+) -> Tensor:
+    """cross_entropy(x @ weight.T, targets), computed chunk logits at a time (at least a row).
+
+    x: (B, T, C); weight: (V, C); targets: (B, T). Where all logits fit into one chunk, they are
+    simply computed; and in float16, whose gradients need the loss scaled up before they are made.
+    """
+    chunk = chunk or CHUNK.get(x.device.type, CHUNK["cpu"])
+    if targets.numel() * len(weight) <= chunk or product_dtype(x) == torch.float16:
+        return cross_entropy(F.linear(x, weight), targets)
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()  # asks for no gradients
+    rows = max(1, chunk // len(weight))
+    return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), rows)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The precision of matrix products with x, here and now."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss of x (N, C) with its gradients, computed together, a few rows at a time."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        """x: (N, C); weight: (V, C); targets: (N,); rows: how many of the N at a time."""
+        narrow = product_dtype(x)
+        matrix, count = weight.to(narrow), (targets != -1).sum().clamp(min=1)
+        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            inputs, target = x[part].to(narrow), targets[part]
+            log_p = F.log_softmax((inputs @ matrix.T).to(total.dtype), dim=-1)
+            total += F.nll_loss(log_p, target, ignore_index=-1, reduction="sum")
+            if dx is None and dweight is None:
+                continue
+            d = log_p.exp_()  # (rows, V): softmax(z), then minus 1 at the target
+            d[torch.arange(len(d), device=d.device), target.clamp(min=0)] -= 1
+            d = d.mul_(((target != -1).to(d.dtype) / count)[:, None]).to(narrow)
+            if dx is not None:
+                dx[part] = d @ matrix
+            if dweight is not None and narrow == dweight.dtype:
+                dweight.addmm_(d.T, inputs)
+            elif dweight is not None:
+                dweight += d.T @ inputs
+        ctx.save_for_backward(dx, dweight)
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d: Tensor) -> tuple[Tensor | None, ...]:
+        """d: the gradient of the loss, a number."""
+        # In place, since the second is large; a second backward pass finds that out and raises.
+        dx, dweight = (None if saved is None else saved.mul_(d) for saved in ctx.saved_tensors)
+        return dx, dweight, None, None
