@@ -97,35 +97,68 @@ def dropout_seed(seed: int, step: int, micro_step: int) -> int:
     return int(np.random.SeedSequence((seed, step, micro_step)).generate_state(1, np.uint64)[0])
 
 
+@dataclass(frozen=True)
+class Share:
+    """A micro-batch on the device."""
+
+    number: int  # among the micro-batches of its update
+    ids: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (B, T)
+    weight: float  # its part of the update's targets
+
+
+def deal(micro_batches: Iterable[Batch], engine: Engine, world: World = ALONE) -> list[Share]:
+    """The micro-batches of an update that are this process's: every world.size-th of them."""
+    micro_batches = list(micro_batches)
+    n_targets = [int((targets != NO_TARGET).sum()) for _, targets in micro_batches]
+    return [
+        Share(j, *engine.move(*micro_batches[j]), n_targets[j] / max(1, sum(n_targets)))
+        for j in range(world.rank, len(micro_batches), world.size)
+    ]
+
+
+class Prefetch:
+    """What deal gives for each update; dealt while a GPU still works on the one before."""
+
+    def __init__(
+        self,
+        micro_batches: Callable[[int], Iterable[Batch]],
+        engine: Engine,
+        *,
+        world: World = ALONE,
+        end: int,
+    ):
+        self.deal = lambda step: deal(micro_batches(step), engine, world)
+        self.end, self.ahead = end, {}
+
+    def prepare(self, step: int) -> None:
+        """Deal the micro-batches of update number step, if there is one: end updates are made."""
+        self.ahead = {step: self.deal(step)} if step < self.end else {}
+
+    def take(self, step: int) -> list[Share]:
+        """The micro-batches of update number step, prepared or not."""
+        return self.ahead.pop(step, None) or self.deal(step)
+
+
 def accumulate_gradients(
-    state: TrainState,
-    micro_batches: Iterable[Batch],
-    engine: Engine,
-    *,
-    seed: int,
-    world: World = ALONE,
+    state: TrainState, shares: list[Share], engine: Engine, *, seed: int, world: World = ALONE
 ) -> torch.Tensor:
     """Add the gradient of the update's mean loss to the parameters.
 
-    Of several processes, each takes every world.size-th micro-batch; after the last one DDP adds
-    up the gradients of all (it would after each one: no_sync holds it back, around forward and
-    backward). Returns this process's share of the loss, on the device.
+    Of several processes, each has its own shares; after the last one DDP adds up the gradients of
+    all (it would after each one: no_sync holds it back, around forward and backward). Returns this
+    process's part of the loss, on the device.
     """
-    micro_batches = list(micro_batches)
-    n_targets = [int((targets != NO_TARGET).sum()) for _, targets in micro_batches]
-    mine = range(world.rank, len(micro_batches), world.size)
     loss = torch.zeros((), device=engine.device)
-    for j in mine:
-        torch.manual_seed(dropout_seed(seed, state.step, j))
-        ids, targets = engine.move(*micro_batches[j])
-        share = n_targets[j] / max(1, sum(n_targets))
-        alone = world.size == 1 or j == mine[-1]
+    for share in shares:
+        torch.manual_seed(dropout_seed(seed, state.step, share.number))
+        alone = world.size == 1 or share is shares[-1]
         with nullcontext() if alone else state.forward.no_sync():
             with engine.autocast():
-                _, micro_loss = state.forward(ids, targets)
+                _, micro_loss = state.forward(share.ids, share.targets)
             # DDP takes the mean over the processes, where the sum is wanted
-            state.scaler.scale(micro_loss * (share * world.size)).backward()
-        loss += micro_loss.detach() * share
+            state.scaler.scale(micro_loss * (share.weight * world.size)).backward()
+        loss += micro_loss.detach() * share.weight
     return loss
 
 
@@ -145,7 +178,7 @@ def settle_gradients(state: TrainState, batch: Batch, engine: Engine) -> None:
 
 def update(
     state: TrainState,
-    micro_batches: Iterable[Batch],
+    shares: list[Share],
     engine: Engine,
     *,
     learning_rate: float,
@@ -153,22 +186,27 @@ def update(
     seed: int,
     world: World = ALONE,
     noted: Noted | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tuple[float, float, set[int]]:
     """Make one update and count it.
 
     The gradient is scaled down to the norm grad_clip where it is longer (Pascanu et al. 2013); 0
-    turns this off. A loss or gradient that is not finite is counted, but not applied. Returns the
-    loss, the unclipped norm of its gradient, and the signals that any of the processes has noted.
+    turns this off. A loss or gradient that is not finite is counted, but not applied. meanwhile is
+    called after the work of a GPU is queued and before its result is waited for. Returns the loss,
+    the unclipped norm of its gradient, and the signals that any of the processes has noted.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    loss = accumulate_gradients(state, micro_batches, engine, seed=seed, world=world)
+    loss = accumulate_gradients(state, shares, engine, seed=seed, world=world)
     message = world.tell(loss, noted.take() if noted else ())
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
-    norm, loss, *flags = torch.cat((norm[None], message)).tolist()  # the one wait for a GPU
+    numbers = torch.cat((norm[None], message))
+    meanwhile()
+    norm, loss, *flags = numbers.tolist()  # the one wait for a GPU
     if math.isfinite(loss) and math.isfinite(norm):
-        state.scaler.step(state.optimizer)
+        with engine.autocast():  # Muon has matrix products, the others none
+            state.scaler.step(state.optimizer)
         state.skipped = 0
     elif not fp16_scale_is_settling(state, loss):
         state.skipped += 1
@@ -207,6 +245,7 @@ def train(
     leave. Raises Stopped in the second case, NotFinite when several updates in a row are not.
     """
     state.model.train()
+    prefetch = Prefetch(micro_batches, engine, world=world, end=max_iters)
     while True:
         due = state.step % eval_interval == 0 or state.step >= max_iters
         if due and state.evaluated != state.step:
@@ -217,13 +256,14 @@ def train(
         rate = learning_rate(step)
         loss, norm, came = update(
             state,
-            micro_batches(step),
+            prefetch.take(step),
             engine,
             learning_rate=rate,
             grad_clip=grad_clip,
             seed=seed,
             world=world,
             noted=noted,
+            meanwhile=lambda: prefetch.prepare(state.step + 1),
         )
         report(step, loss=loss, lr=rate, grad_norm=norm, seconds=time.perf_counter() - started)
         if state.skipped >= MAX_SKIPPED:

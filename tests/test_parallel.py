@@ -128,11 +128,13 @@ def assert_close(a: list[float], b: list[float], tolerance: float = 1e-5) -> Non
 # The same run
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_many_processes_learn_what_one_does(size):
+@pytest.mark.parametrize(
+    ("size", "optimizer"), [(2, "muon"), (3, "muon"), (4, "muon"), (2, "adamw")]
+)
+def test_many_processes_learn_what_one_does(size, optimizer):
     """Losses, norms and evaluations, with dropout; and all hold the same weights, bit for bit."""
-    train_together(1, "--out_dir=out/one")
-    first, *others = train_together(size, "--out_dir=out/many")
+    train_together(1, "--out_dir=out/one", f"--optimizer={optimizer}")
+    first, *others = train_together(size, "--out_dir=out/many", f"--optimizer={optimizer}")
     for key, n in (("loss", 10), ("grad_norm", 10), ("train_loss", 3), ("val_loss", 3)):
         assert len(losses("out/one", key)) == n
         assert_close(losses("out/many", key), losses("out/one", key))

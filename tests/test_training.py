@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from nanolm.engine import Engine
 from nanolm.model import GPT, ModelConfig
 from nanolm.optim import adamw, parameter_groups
-from nanolm.training import TrainState, accumulate_gradients, dropout_seed, train, update
+from nanolm.parallel import World
+from nanolm.training import (
+    Prefetch,
+    TrainState,
+    accumulate_gradients,
+    deal,
+    dropout_seed,
+    train,
+    update,
+)
 
 CPU = Engine("cpu", "float32", compile=False)
 CONFIG = ModelConfig(vocab_size=11, block_size=7, n_layer=1, n_head=2, n_embd=6)
@@ -34,7 +43,7 @@ def random_batch(seed, batch_size=4, vocab_size=11, block_size=7, hidden=0.0):
 
 
 def gradients(state, micro_batches):
-    loss = accumulate_gradients(state, micro_batches, CPU, seed=0)
+    loss = accumulate_gradients(state, deal(micro_batches, CPU), CPU, seed=0)
     return loss.item(), [p.grad.clone() for p in state.model.parameters()]
 
 
@@ -53,6 +62,33 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(seed, hidden):
         assert (a - b).abs().max() <= 1e-5 * max(1, a.abs().max())
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=9), st.integers(1, 3))
+def test_prefetching_gives_what_dealing_gives_whatever_was_prepared(calls, size):
+    batches = [[random_batch(10 * step + j) for j in range(6)] for step in range(4)]
+    world = World(rank=size - 1, size=size)
+    dealt, source = [], lambda step: dealt.append(step) or batches[step]
+    prefetch = Prefetch(source, CPU, world=world, end=4)
+    for prepare, step in calls:
+        if prepare:
+            prefetch.prepare(step)
+            continue
+        for ours, share in zip(prefetch.take(step), deal(batches[step], CPU, world), strict=True):
+            assert (ours.number, ours.weight) == (share.number, share.weight)
+            assert torch.equal(ours.ids, share.ids)
+            assert torch.equal(ours.targets, share.targets)
+    assert len(dealt) <= len(calls)
+
+
+def test_the_loop_deals_each_update_once_and_before_the_one_before_it_ends():
+    """So that a GPU need not wait for its data."""
+    seen, state = [], new_state()
+    run_loop(
+        state, 5, batches=lambda step: seen.append((step, state.step)) or [random_batch(step)]
+    )
+    assert seen == [(0, 0)] + [(step + 1, step) for step in range(4)]
+
+
 def test_dropout_seeds_differ_for_every_micro_batch():
     seeds = {dropout_seed(s, t, j) for s in range(5) for t in range(20) for j in range(5)}
     assert len(seeds) == 5 * 20 * 5
@@ -64,7 +100,7 @@ def test_an_update_depends_on_the_step_and_not_on_the_random_numbers_drawn_befor
     for noise in (0, 1):
         state = new_state(config)
         torch.manual_seed(noise)
-        update(state, [random_batch(0)], CPU, learning_rate=0.1, grad_clip=1.0, seed=3)
+        update(state, deal([random_batch(0)], CPU), CPU, learning_rate=0.1, grad_clip=1.0, seed=3)
         results.append(state.model.state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
@@ -75,7 +111,9 @@ def test_another_step_draws_other_dropout_masks():
     for step in (0, 1):
         state = new_state(config)
         state.step = step
-        losses.append(accumulate_gradients(state, [random_batch(0)], CPU, seed=0).item())
+        losses.append(
+            accumulate_gradients(state, deal([random_batch(0)], CPU), CPU, seed=0).item()
+        )
     assert losses[0] != losses[1]
 
 
@@ -86,7 +124,7 @@ def test_the_gradient_that_is_applied_is_no_longer_than_grad_clip(grad_clip):
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in state.model.parameters()]
     knobs = {"learning_rate": 1.0, "grad_clip": grad_clip, "seed": 0}
-    _, norm, _ = update(state, [random_batch(0)], CPU, **knobs)
+    _, norm, _ = update(state, deal([random_batch(0)], CPU), CPU, **knobs)
     pairs = zip(before, state.model.parameters(), strict=True)
     moved = math.sqrt(sum(((a - b) ** 2).sum().item() for a, b in pairs))
     assert moved == pytest.approx(min(norm, grad_clip or math.inf), rel=1e-3)
@@ -94,8 +132,8 @@ def test_the_gradient_that_is_applied_is_no_longer_than_grad_clip(grad_clip):
 
 def test_the_rate_that_is_given_is_the_rate_that_is_used():
     still, moving = new_state(), new_state()
-    update(still, [random_batch(0)], CPU, learning_rate=0.0, grad_clip=1.0, seed=0)
-    update(moving, [random_batch(0)], CPU, learning_rate=0.1, grad_clip=1.0, seed=0)
+    update(still, deal([random_batch(0)], CPU), CPU, learning_rate=0.0, grad_clip=1.0, seed=0)
+    update(moving, deal([random_batch(0)], CPU), CPU, learning_rate=0.1, grad_clip=1.0, seed=0)
     fresh = new_state().model.state_dict()
     assert all(torch.equal(fresh[key], still.model.state_dict()[key]) for key in fresh)
     assert not torch.equal(fresh["tokens.weight"], moving.model.state_dict()["tokens.weight"])
@@ -105,8 +143,12 @@ def test_the_loss_falls_by_the_gradient_times_the_step():
     """To first order, a small step along the gradient lowers the loss by rate * norm squared."""
     state = new_state()
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
-    first, norm, _ = update(state, [random_batch(0)], CPU, learning_rate=1e-3, grad_clip=0, seed=0)
-    second, _, _ = update(state, [random_batch(0)], CPU, learning_rate=0, grad_clip=0, seed=0)
+    first, norm, _ = update(
+        state, deal([random_batch(0)], CPU), CPU, learning_rate=1e-3, grad_clip=0, seed=0
+    )
+    second, _, _ = update(
+        state, deal([random_batch(0)], CPU), CPU, learning_rate=0, grad_clip=0, seed=0
+    )
     assert first - second == pytest.approx(1e-3 * norm**2, rel=0.05)
 
 
@@ -127,14 +169,16 @@ def test_an_update_that_is_not_finite_is_counted_and_not_applied(value):
     state = new_state()
     undo = poison(state, value)
     before = copy.deepcopy(state.model.state_dict())
-    loss, norm, _ = update(state, [random_batch(0)], CPU, learning_rate=0.1, grad_clip=1.0, seed=0)
+    loss, norm, _ = update(
+        state, deal([random_batch(0)], CPU), CPU, learning_rate=0.1, grad_clip=1.0, seed=0
+    )
     assert not (math.isfinite(loss) and math.isfinite(norm))
     assert (state.step, state.skipped) == (1, 1)
     after = state.model.state_dict()
     assert all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
     assert not state.optimizer.state  # its moments are clean, too
     undo()
-    update(state, [random_batch(0)], CPU, learning_rate=0.1, grad_clip=1.0, seed=0)
+    update(state, deal([random_batch(0)], CPU), CPU, learning_rate=0.1, grad_clip=1.0, seed=0)
     assert (state.step, state.skipped) == (2, 0)
 
 
