@@ -1,16 +1,20 @@
 """Sample from a trained model: python sample.py [--out_dir=PATH] [--key=value ...]"""
 
+import math
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import takewhile, tee
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 
 from nanolm.config import load_config, run_script
 from nanolm.corpus import read_text
-from nanolm.engine import choose_engine, find_hardware
+from nanolm.engine import Engine, Hardware, choose_device, choose_engine, find_hardware
 from nanolm.folder import load_trained, newest_run
+from nanolm.model import require_at_least
 from nanolm.sampling import check_knobs, generate, until
 from nanolm.tokenizer import stream_text
 
@@ -23,19 +27,19 @@ class SampleConfig:
     out_dir: str | None = None  # the run; None: the one in out/ that was trained last
     start: str = "\n"  # the prompt, or FILE:prompt.txt
     num_samples: int = 10  # how many texts
+    batch_size: int = 8  # how many of them are written at a time
     max_new_tokens: int = 500  # longest text, in tokens
     temperature: float = 0.8  # below 1: safer; above 1: wilder; 0: always the most likely token
     top_k: int | None = 200  # only the k most likely tokens; 0: all
     top_p: float | None = None  # only the likeliest tokens that together reach p
     stop: str | None = None  # end a text before this string
-    seed: int = 1337  # of the drawing
+    seed: int = 1337  # of the drawing; another batch_size draws other texts
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    compile: bool | str = "auto"  # auto (never, for sampling) | True | False
+    compile: bool | str = "auto"  # auto (on a GPU, for many tokens) | True | False
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples={self.num_samples}: must be at least 1")
+        require_at_least(self, 1, "num_samples batch_size")
         check_knobs(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
 
 
@@ -52,11 +56,24 @@ def read_prompt(start: str) -> str:
     return text
 
 
+# On a GPU, a step of a small batch takes as long as it takes to start its kernels, and compiled it
+# has few. Compiling takes about a minute: by estimate, so many steps earn it back.
+COMPILE_FROM_STEPS = 20_000
+
+
+def sampling_engine(config: SampleConfig, hardware: Hardware) -> Engine:
+    """The engine for the texts that the config asks for."""
+    steps = config.max_new_tokens * math.ceil(config.num_samples / config.batch_size)
+    gpu = choose_device(hardware, config.device)[0].startswith("cuda")
+    work = math.inf if gpu and steps >= COMPILE_FROM_STEPS else 0.0
+    machine = {"device": config.device, "dtype": config.dtype, "compile": config.compile}
+    return choose_engine(hardware, **machine, flops=work)
+
+
 def main(arguments: list[str]) -> None:
     config = load_config(SampleConfig, arguments)
     prompt = read_prompt(config.start)
-    machine = {"device": config.device, "dtype": config.dtype, "compile": config.compile}
-    engine = choose_engine(find_hardware(), **machine)
+    engine = sampling_engine(config, find_hardware())
     resume = config.init_from == "resume"
     folder = (config.out_dir or newest_run()) if resume else config.init_from
     model, tokenizer, step = load_trained(folder)
@@ -71,13 +88,26 @@ def main(arguments: list[str]) -> None:
     }
     generator = torch.Generator(engine.device).manual_seed(config.seed)
     with engine.autocast():
-        for _ in range(config.num_samples):
-            print(prompt, end="", flush=True)
-            tokens = (int(token) for token in generate(model, ids, **knobs, generator=generator))
-            document = takewhile(lambda token: token != tokenizer.end_of_text, tokens)
-            for piece in until(stream_text(tokenizer, document), config.stop):
-                print(piece, end="", flush=True)
-            print("\n---------------")
+        for first in range(0, config.num_samples, config.batch_size):
+            n = min(config.batch_size, config.num_samples - first)
+            drawn = generate(model, ids.expand(n, -1), **knobs, generator=generator)
+            for document in documents(drawn, n, tokenizer.end_of_text):
+                print(prompt, end="", flush=True)
+                for piece in until(stream_text(tokenizer, document), config.stop):
+                    print(piece, end="", flush=True)
+                print("\n---------------")
+
+
+def documents(
+    drawn: Iterable[torch.Tensor], n: int, end_of_text: int | None
+) -> Iterator[Iterator[int]]:
+    """The tokens of each of n rows that are drawn side by side, up to the end of its text.
+
+    Whoever takes a token of one row makes all rows grow, and they wait for their turn: the first
+    can be shown while it is written, and nothing is drawn that no row needs.
+    """
+    for row, steps in enumerate(tee((step.tolist() for step in drawn), n)):
+        yield takewhile(lambda token: token != end_of_text, map(itemgetter(row), steps))
 
 
 if __name__ == "__main__":

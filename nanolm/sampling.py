@@ -50,7 +50,7 @@ def sample_next(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw a token for each row: logits (B, V) -> ids (B,). Temperature 0: the largest logit."""
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that no quotient overflows
     logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
@@ -72,6 +72,7 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue the prompts ids, (B, T) with T >= 1: yields the next token of each row, (B,).
 
+    Of a prompt longer than the model's context, its end counts.
     A row that has drawn one of stop_ids repeats it; the stream ends when all rows have, or after
     max_new_tokens. The model should be in eval mode. Raises ValueError for knobs out of range.
     """
@@ -79,7 +80,7 @@ def generate(
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one token to start from")
     stop = torch.tensor(list(stop_ids), device=ids.device)
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # the rows that have stopped
     block_size = model.config.block_size
     context = ids[:, -block_size:]
     cache, unread = model.new_cache(), context  # unread: the end of the context, not yet cached
@@ -91,10 +92,11 @@ def generate(
         drawn = sample_next(
             logits[:, -1], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
         )
-        drawn = torch.where(done, context[:, -1], drawn)
+        if len(stop):
+            drawn = torch.where(done, context[:, -1], drawn)
+            done |= torch.isin(drawn, stop)
         yield drawn
-        done |= torch.isin(drawn, stop)
-        if done.all():
+        if len(stop) and done.all():
             return
         unread = drawn[:, None]
         context = torch.cat((context, unread), dim=1)

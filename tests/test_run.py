@@ -3,7 +3,7 @@
 import json
 import re
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from conftest import TINY
 from outcomes import cut, frozen, numbers
 
+from nanolm import sampling
 from nanolm.batches import training_batch
 from nanolm.checkpoint import load
 from nanolm.config import load_config
@@ -18,6 +19,7 @@ from nanolm.data import prepare
 from nanolm.metrics import draw_losses
 from nanolm.settings import TrainConfig
 from nanolm.start import start_run
+from nanolm.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +66,10 @@ STEPS = range(1, 20, 2)  # ten of twenty
         *MATRIX,
         ["--dtype=float16", "--dropout=0.1"],
         ["--schedule=trapezoid", "--gradient_accumulation_steps=3", "--eval_interval=3"],
+        ["--optimizer=muon", "--dropout=0.1", "--gradient_accumulation_steps=2"],
+        ["--optimizer=muon", "--dtype=bfloat16"],
+        ["--optimizer=lamb"],
+        ["--optimizer=sgd"],
         pytest.param(["--compile=true", "--dropout=0.1"], marks=pytest.mark.long),
     ],
     ids=lambda keys: " ".join(keys),
@@ -118,6 +124,17 @@ def test_keys_of_the_optimizer_that_change_on_resume_take_effect(tiny_run):
     groups = load(folder / "step_00000006.pt")["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert {group["betas"][1] for group in groups} == {0.5}
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "sgd")])
+def test_a_run_keeps_its_optimizer(before, after, tiny_run, run_main):
+    """Whose memory means nothing to another; weights can start a new run under any."""
+    folder = train(f"--optimizer={before}")
+    flags = (*TINY, "--max_iters=6", f"--optimizer={after}")
+    code, _, err = run_main("train", *flags, f"--out_dir={folder}", "--init_from=resume")
+    assert code == 2
+    assert f"optimizer is '{before}' there and '{after}' here" in err
+    assert run_main("train", *flags, "--out_dir=out/new", f"--init_from={folder}")[0] == 0
 
 
 def test_a_run_can_change_to_half_precision_on_resume(tiny_run):
@@ -350,6 +367,44 @@ def test_sampling_continues_the_prompt_and_takes_the_newest_run(tiny_run, run_ma
     assert (
         run_main("sample", "--start=1 little", "--num_samples=2", "--max_new_tokens=7")[1] == out
     )
+
+
+def test_texts_are_written_side_by_side(tiny_run, run_main, monkeypatch):
+    """Of five texts two at a time; each is a row of its batch, and none is like another."""
+    batches, generate = [], sampling.generate
+
+    def watched(*args, **options):
+        batches.append(torch.stack(list(generate(*args, **options)), dim=1))
+        yield from batches[-1].T
+
+    monkeypatch.setattr(sampling, "generate", watched)
+    flags = ["--num_samples=5", "--batch_size=2", "--max_new_tokens=9", "--start=1 little"]
+    texts = run_main("sample", *flags)[1].split("\n---------------\n")[:-1]
+    tokenizer = load_tokenizer(Path("out/tiny"))
+    rows = [row.tolist() for batch in batches for row in batch]
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert texts == ["1 little" + tokenizer.decode(row) for row in rows]
+    assert len(set(texts)) == 5
+
+
+def test_the_first_text_is_shown_while_it_is_written(tiny_run, run_main, monkeypatch):
+    """And no more steps are made than the longest of the texts needs."""
+    made, shown = [], []
+
+    def watched(model, ids, **options):
+        for i in range(100):
+            made.append(i)
+            yield torch.full((len(ids),), i % 3)
+
+    monkeypatch.setattr(sampling, "generate", watched)
+    monkeypatch.setattr(
+        sampling,
+        "until",
+        lambda pieces, stop: (shown.append(len(made)) or p for p in islice(pieces, 7)),
+    )
+    run_main("sample", "--num_samples=3")
+    assert shown[:7] == list(range(1, 8))
+    assert len(made) == 7
 
 
 def test_sampling_reads_prompts_from_files_and_stops_where_told(tiny_run, run_main):

@@ -6,7 +6,9 @@ from unittest.mock import Mock
 import pytest
 from conftest import TINY
 
+import sample
 from nanolm import sampling
+from nanolm.engine import Hardware
 
 STORY = "Hi."
 
@@ -31,4 +33,26 @@ def test_a_sample_ends_with_its_document_and_a_prompt_may_begin_one(
     for start, rest in [("<|endoftext|>", STORY), (STORY[:1], STORY[1:]), (STORY, "")]:
         out = run_main("sample", f"--start={start}", "--temperature=0", "--num_samples=2")[1]
         assert out == f"{start}{rest}\n---------------\n" * 2
-    assert generate.call_args_list[0].args[1].tolist() == [[256]]  # and not its letters
+    assert generate.call_args_list[0].args[1].tolist() == [[256]] * 2  # and not its letters
+
+
+@pytest.mark.parametrize(
+    ("hardware", "tokens", "compiled"),
+    [
+        (Hardware(compiler=True), 10**9, False),
+        (Hardware(cuda=True, compiler=True, triton=True), 500, False),
+        (Hardware(cuda=True, compiler=True, triton=True), 10**5, True),
+        (Hardware(cuda=True, compiler=True), 10**5, False),
+    ],
+)
+def test_sampling_compiles_on_a_gpu_that_has_much_to_write(hardware, tokens, compiled):
+    config = sample.SampleConfig(max_new_tokens=tokens)
+    assert sample.sampling_engine(config, hardware).compile == compiled
+
+
+@pytest.mark.long
+def test_a_compiled_model_writes_the_same_texts(storyteller, run_main):
+    flags = ("--start=<|endoftext|>", "--temperature=0", "--num_samples=3", "--batch_size=2")
+    eager = run_main("sample", *flags)
+    assert run_main("sample", *flags, "--compile=true") == eager
+    assert eager[0] == 0
