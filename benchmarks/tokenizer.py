@@ -20,7 +20,7 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from benchmarks.compare import arguments, contest, write
+from benchmarks.compare import arguments, contest, run_benchmark, write
 from nanolm.bpe import GPT2_SPLIT, learn_merges, split
 from nanolm.known import tiny_shakespeare
 from nanolm.tokenizer import END_OF_TEXT, BPETokenizer
@@ -179,4 +179,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_benchmark(main)

@@ -1,11 +1,71 @@
 """The benchmarks run, on work that is small; what they say is another matter."""
 
+import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 
-from benchmarks import compare, tokenizer
+from benchmarks import compare, memory, sample, time_to_loss, tokenizer, train
 from nanolm.corpus import Corpus, documents
+from nanolm.data import prepare
+
+# Stands for a checkout of nanoGPT: what the benchmarks call, over a model of one embedding.
+MODEL = """
+import torch
+from dataclasses import dataclass
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 8
+    vocab_size: int = 65
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 4
+    dropout: float = 0.0
+    bias: bool = False
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.table = config, torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def configure_optimizers(self, weight_decay, lr, betas, kind):
+        print("using fused AdamW")
+        return torch.optim.AdamW(self.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+
+    def forward(self, ids, targets):
+        z = self.table(ids)
+        return z, F.cross_entropy(z.view(-1, z.shape[-1]), targets.view(-1), ignore_index=-1)
+
+    def generate(self, ids, n, temperature, top_k):
+        return torch.cat([ids] + [ids[:, -1:]] * n, dim=1)
+"""
+TRAIN = """
+import sys, torch, numpy as np
+from model import GPT, GPTConfig
+assert "--device=cpu" in sys.argv
+import pickle
+vocab_size = pickle.load(open("data/shakespeare_char/meta.pkl", "rb"))["vocab_size"]
+assert np.fromfile("data/shakespeare_char/val.bin", np.uint16).max() < vocab_size
+config = {"block_size": 64, "vocab_size": VOCABULARY or vocab_size, "n_layer": 1}
+saved = {"model": GPT(GPTConfig(**config)).state_dict(), "model_args": config, "iter_num": 1}
+import os; os.makedirs("out-shakespeare-char"); torch.save(saved, "out-shakespeare-char/ckpt.pt")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder that looks like nanoGPT to the benchmarks."""
+    folder = tmp_path / "nanoGPT"
+    (folder / "data" / "shakespeare_char").mkdir(parents=True)
+    (folder / "model.py").write_text(MODEL)
+    (folder / "train.py").write_text("VOCABULARY = 0\n" + TRAIN)
+    return folder
 
 
 def test_a_contest_takes_turns_and_gives_the_median_of_each(monkeypatch, capsys):
@@ -31,3 +91,86 @@ def test_the_benchmark_of_the_tokenizer_runs(monkeypatch, capsys, workplace):
     assert results["train_middle"]["nanolm"] > 0
     assert results["prepare_1"]["peak MB"] == pytest.approx(100, rel=0.9)
     assert "tokenizers (Rust)" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_training_runs(monkeypatch, checkout, workplace, capsys):
+    tiny = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 2}
+    monkeypatch.setitem(train.SHAPES, "cpu-12", tiny)
+    monkeypatch.setattr(train, "matmul_rate", lambda *args: 1e9)
+    monkeypatch.setattr(
+        train, "choose_engine", lambda *args, **kw: train.Engine("cpu", "float32", compile=False)
+    )
+    words = ["--shapes=cpu-12", "--repeats=1", "--updates=2", "--json=results.json"]
+    train.main([f"--nanogpt={checkout}", *words])
+    result = json.loads((workplace / "results.json").read_text())["cpu-12"]
+    assert result["nanolm"]["tokens/s"] > 0
+    assert result["ratio"] == pytest.approx(
+        result["nanolm"]["tokens/s"] / result["nanoGPT"]["tokens/s"]
+    )
+    assert "using fused AdamW" not in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_checkout_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkout of nanoGPT"):
+        train.main([f"--nanogpt={tmp_path}"])
+
+
+def test_the_rate_of_matrix_products_counts_two_operations_per_term():
+    assert compare.matmul_rate("cpu", train.torch.float32, lambda run: 2.0, n=10) == 1000
+
+
+def test_the_benchmark_of_sampling_runs(monkeypatch, checkout, workplace):
+    monkeypatch.setattr(
+        sample, "SHAPE", {**sample.SHAPE, "n_layer": 1, "n_embd": 12, "block_size": 16}
+    )
+    words = ["--repeats=1", "--tokens=5", "--json=results.json"]
+    sample.main([f"--nanogpt={checkout}", *words])
+    results = json.loads((workplace / "results.json").read_text())
+    assert set(results["batch 8"]) == {"nanolm", "transformers", "nanoGPT"}
+    assert all(speed > 0 for speed in results["batch 1"].values())
+
+
+def test_chunks_take_less_memory_than_all_logits():
+    """As the benchmark measures it, each in a process of its own."""
+    code = "from benchmarks import memory; memory.VOCABULARY = 20_011; memory.main(['--way={}'])"
+    peaks = {}
+    for way in memory.WAYS:
+        words = [sys.executable, "-c", code.format(way)]
+        out = subprocess.run(words, cwd=memory.ROOT, check=True, capture_output=True).stdout
+        peaks[way] = float(out)
+    assert peaks["in chunks"] < peaks["all logits"] / 3
+
+
+def test_the_benchmark_of_the_time_to_a_loss_runs(monkeypatch, checkout, workplace, capsys):
+    (workplace / "text.txt").write_text("to be or not to be, that is the question\n" * 300)
+    prepare("text", inputs=["text.txt"], tokenizer="char")
+    shape = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--max_iters=4"]
+    config = str(time_to_loss.ROOT / "config" / "shakespeare_cpu.py")
+    found = time_to_loss.nanolm_run([config, "--dataset=text", *shape], 9.0)
+    assert found["reached"] < found["seconds"]
+    assert found["loss"] < 9.0
+    dataset = time_to_loss.open_dataset("text")
+    theirs = time_to_loss.nanogpt_run(checkout, dataset, time_to_loss.CPU_RUN)
+    assert theirs["seconds"] > 0
+    assert 2 < theirs["loss"] < 9
+    (checkout / "train.py").write_text("VOCABULARY = 50304\n" + TRAIN)
+    with pytest.raises(ValueError, match="has 50304 tokens and the dataset 15: no fair contest"):
+        time_to_loss.nanogpt_run(checkout, dataset, time_to_loss.CPU_RUN)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("train", ["--nanogpt=nowhere"], "error: nowhere is no checkout of nanoGPT"),
+        ("time_to_loss", ["--nanogpt=nowhere"], "error: nowhere is no checkout of nanoGPT"),
+        ("sample", ["--repeats=0"], "--repeats: 0: must be at least 1"),
+        ("sample", ["--device=tpu"], "error: device='tpu': choose"),
+        ("memory", ["--json=nowhere/results.json"], "there is no folder nowhere"),
+    ],
+)
+def test_a_bad_word_is_one_line_before_any_work(name, words, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [name, *words])
+    with pytest.raises(SystemExit) as end:
+        compare.run_benchmark(importlib.import_module(f"benchmarks.{name}").main)
+    said = f"{end.value.code}\n{capsys.readouterr().err}"
+    assert message in said
