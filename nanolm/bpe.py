@@ -158,13 +158,35 @@ def encode_piece(piece: str, ranks: Mapping[bytes, int]) -> list[int]:
     merge, for no two merges make the same bytes: wherever they have become two neighbours, with
     nothing merged over their ends, they have been through the same merges.)
     """
-    word = [bytes([byte]) for byte in piece.encode()]
+    return [ranks[token] for token in merge_bytes(piece.encode(), ranks)]
+
+
+def merge_bytes(text: bytes, ranks: Mapping[bytes, int], *, below: float = math.inf) -> list:
+    """The tokens that the merges of a rank below the given one make of some bytes."""
+    word = [text[i : i + 1] for i in range(len(text))]
     while len(word) > 1:
-        best = min(pairwise(word), key=lambda pair: ranks.get(pair[0] + pair[1], math.inf))
-        if best[0] + best[1] not in ranks:
+        found = [ranks.get(left + right, math.inf) for left, right in pairwise(word)]
+        lowest = min(found)
+        if lowest >= below:
             break
-        word = merge(word, best, best[0] + best[1])
-    return [ranks[token] for token in word]
+        i = found.index(lowest)
+        word = merge(word, (word[i], word[i + 1]), word[i] + word[i + 1])
+    return word
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two tokens that each one of several bytes is merged from, by rank: tokens_of, backwards.
+
+    They are what the bytes of the token are before its own merge. Raises ValueError for a token
+    that the merges before it do not leave in two.
+    """
+    merges = []
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
+        parts = merge_bytes(token, ranks, below=ranks[token])
+        if len(parts) != 2:
+            raise ValueError(f"token {token!r} is not made by a merge of two others")
+        merges.append(tuple(parts))
+    return merges
 
 
 # ------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from nanolm.bpe import (
     learn_merges,
     learn_merges_naive,
     merge,
+    merge_bytes,
+    merges_of,
     neighbours,
     split,
     tokens_of,
@@ -116,6 +118,39 @@ def test_merging_by_rank_is_making_the_merges_in_their_order(pieces, n_merges, u
             word = merge(word, pair, N_BYTES + i)
         assert encode_piece(piece, ranks_of(merges)) == word
         assert not set(pairwise(word)) & set(merges)
+
+
+@given(corpora, st.integers(0, 60))
+def test_the_bytes_of_the_tokens_tell_the_merges(pieces, n_merges):
+    """merges_of is tokens_of backwards."""
+    merges = learn_merges(Counter(pieces), n_merges)
+    tokens = tokens_of(merges)
+    assert merges_of(ranks_of(merges)) == [(tokens[a], tokens[b]) for a, b in merges]
+
+
+@given(corpora, words, st.integers(0, 32))
+def test_merging_below_a_rank_is_merging_by_the_tokens_before_it(pieces, unseen, n):
+    ranks = ranks_of(learn_merges(Counter(pieces), 32))
+    earlier = {token: i for token, i in ranks.items() if i < N_BYTES + n}
+    for piece in [*pieces, unseen]:
+        merged = merge_bytes(piece.encode(), ranks, below=N_BYTES + n)
+        assert merged == merge_bytes(piece.encode(), earlier)
+        assert b"".join(merged) == piece.encode()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wrong"),
+    [
+        (["abc"], "abc"),  # three tokens are left of it
+        (["ab", "cd", "abcde"], "abcde"),
+        (["abc", "ab"], "abc"),  # too early
+        (["bc", "ab", "abcd"], "abcd"),  # a, bc, d: merging bc leaves no ab
+    ],
+)
+def test_a_table_that_no_merges_make_is_refused_with_the_token(tokens, wrong):
+    ranks = ranks_of([]) | {token.encode(): N_BYTES + i for i, token in enumerate(tokens)}
+    with pytest.raises(ValueError, match=f"token b'{wrong}' is not made by a merge"):
+        merges_of(ranks)
 
 
 def test_hugging_faces_trainer_makes_the_same_merges(test_data):
