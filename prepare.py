@@ -14,9 +14,9 @@ from nanolm.workers import n_cores
 class PrepareConfig:
     """The keys of prepare.py."""
 
-    name: str  # the dataset: a folder in data/; comes first, without --name
+    name: str  # the dataset: a folder in data/
     input: tuple[str, ...] = ()  # text or .jsonl files, folders of them, - (stdin), hf:NAME
-    tokenizer: str | None = None  # char | bpe:N | gpt2 | its path; None: char, or the dataset's
+    tokenizer: str | None = None  # char | bpe:N | gpt2 | PATH | OWNER/NAME; None: its own, or char
     tokenizer_bytes: int = TOKENIZER_BYTES  # bpe:N learns from so much text, at most
     val_fraction: float = 0.1  # share of the text, at its end, that is kept for validation
     processes: int | None = None  # how many encode at once; None: one for each core
@@ -24,7 +24,7 @@ class PrepareConfig:
 
 
 def main(arguments: list[str]) -> None:
-    config = load_config(PrepareConfig, arguments, positional="name")
+    config = load_config(PrepareConfig, arguments, positional=("name",))
     if config.check:
         meta = check_dataset(config.name)
     else:

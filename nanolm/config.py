@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -188,22 +188,21 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{key}={value!r}: must be {wanted}")
 
 
-def load_config(cls: type, arguments: Iterable[str], *, positional: str | None = None) -> Any:
+def load_config(cls: type, arguments: Iterable[str], *, positional: Collection[str] = ()) -> Any:
     """Fill a dataclass from its defaults, then config files, then --key=value, later ones winning.
 
-    Words without dashes are config files; or, if positional names a key, that key's one value.
+    Words without dashes are config files; or, if positional names keys, the values of these.
     Raises ValueError or FileNotFoundError with one line about what is wrong.
     """
     hints = typing.get_type_hints(cls)
     words, from_line = split_arguments(arguments, hints)
     defaults = {field.name: field.default for field in fields(cls)}
     values = {}
-    if positional and len(words) > 1:
-        raise ValueError(
-            f"{words[1]!r}: only one {positional.upper()} is wanted, before any --key"
-        )
+    if positional and len(words) > len(positional):
+        wanted = " ".join(positional).upper()
+        raise ValueError(f"{words[len(positional)]!r}: only {wanted} is wanted, before any --key")
     if positional:
-        values.update(zip([positional], words, strict=False))
+        values.update(zip(positional, words, strict=False))
     else:
         for path in words:
             found = read_config_file(path, {**defaults, **values})
@@ -230,8 +229,9 @@ def help_text(cls: type) -> str:
             if match := re.fullmatch(r"    (\w+): [^=]+?(?: = .+?)?  # (.+)", line):
                 key, comment = match.groups()
                 default = defaults[key]
-                entries[key] = comment + ("" if default is MISSING else f" [{default!r}]")
-    return "\n".join(f"  --{key}".ljust(32) + entry for key, entry in entries.items())
+                name = key.upper() if default is MISSING else f"--{key}"  # a word without dashes
+                entries[name] = comment + ("" if default is MISSING else f" [{default!r}]")
+    return "\n".join(f"  {name}".ljust(32) + entry for name, entry in entries.items())
 
 
 def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoReturn:
@@ -251,7 +251,7 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
             redirect_stdout(sys.stdout if is_first() else nowhere),
         ):
             if {"-h", "--help"}.intersection(arguments):
-                print(f"{usage}\n\n{help_text(cls)}")
+                print(f"{usage.strip()}\n\n{help_text(cls)}")
             else:
                 main(arguments)
         if sys.stdout:  # it may be closed

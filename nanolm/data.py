@@ -20,6 +20,7 @@ import numpy as np
 
 from nanolm.corpus import Corpus, Part, find_corpus
 from nanolm.files import sha256, whole_folder, write_text
+from nanolm.hub import is_hub_name
 from nanolm.known import KNOWN_DATASETS
 from nanolm.tokenizer import (
     TOKENIZER_FILE,
@@ -28,6 +29,7 @@ from nanolm.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from nanolm.tokenizer_json import find_tokenizer
 from nanolm.workers import bundles, in_order
 
 FORMAT = 2  # of meta.json
@@ -120,11 +122,11 @@ def check_spec(spec: str) -> None:
     """Raise ValueError where make_tokenizer knows no such tokenizer."""
     if spec in ("char", "gpt2") or re.fullmatch(r"bpe:\d{1,9}", spec):
         return
-    if spec and (Path(spec).is_file() or Path(spec).is_dir()):
+    if spec and (Path(spec).is_file() or Path(spec).is_dir() or is_hub_name(spec)):
         return
     raise ValueError(
-        f"tokenizer={spec!r}: choose char, bpe:N (with N tokens, say bpe:4096), gpt2, or the path "
-        "of a tokenizer that exists"
+        f"tokenizer={spec!r}: choose char, bpe:N (with N tokens, say bpe:4096), gpt2, the path "
+        "of a tokenizer that exists, or OWNER/NAME of a model on the Hugging Face hub"
     )
 
 
@@ -134,7 +136,8 @@ def make_tokenizer(
     """The tokenizer that spec asks for.
 
     "char": the characters of the corpus. "bpe:N": N tokens, learned from the first tokenizer_bytes
-    of it. "gpt2": GPT-2's. Otherwise the path of one, or of a dataset or a run that has one.
+    of it. "gpt2": GPT-2's. Otherwise the path of one, or of a dataset, a run or a
+    pretrained model that has one, or OWNER/NAME of a model on the Hugging Face hub.
     """
     if spec == "gpt2":
         return BPETokenizer.gpt2()
@@ -143,7 +146,7 @@ def make_tokenizer(
     if spec.startswith("bpe:"):
         texts = corpus.texts("pieces", limit=tokenizer_bytes)
         return BPETokenizer.train(texts, int(spec.removeprefix("bpe:")), processes=processes)
-    return load_tokenizer(spec)
+    return find_tokenizer(spec)
 
 
 def write_dataset(
@@ -210,7 +213,7 @@ def encode_parts(
         if last and tokenizer.end_of_text is not None:
             ids.append(tokenizer.end_of_text)
     ids = np.array(ids, dtype)
-    if sizes[ids].sum() != sum(len(text.encode()) for text, _ in parts):
+    if sizes[ids].sum() != sum(len(tokenizer.normalize(text).encode()) for text, _ in parts):
         raise ValueError(f"the tokenizer {tokenizer.name} does not keep the text: use another")
     return ids
 

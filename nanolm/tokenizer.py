@@ -6,15 +6,16 @@ long as the text. Characters outside its alphabet have no id. Byte pair encoding
 frequent words and for every byte, so its sequences are several times shorter, and no text is
 foreign to it.
 
-Every tokenizer here has a name, vocab_size, special_tokens, end_of_text, encode, decode,
-decode_bytes and save, and load_tokenizer reads back what save has written. A special token says
-something about the text and is no part of it: in a text to encode, its name is ordinary
+Every tokenizer here has a name, vocab_size, special_tokens, end_of_text, normalize, encode,
+decode, decode_bytes and save, and load_tokenizer reads back what save has written. A special token
+says something about the text and is no part of it: in a text to encode, its name is ordinary
 characters, unless the caller allows it to be more.
 """
 
 import codecs
 import json
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,10 @@ class CharTokenizer:
     def vocab_size(self) -> int:
         return len(self.characters)
 
+    def normalize(self, text: str) -> str:
+        """The text that its ids give back: itself."""
+        return text
+
     def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
         """Ids of the text, one per character. Raises ValueError at a character without one.
 
@@ -124,14 +129,25 @@ class BPETokenizer:
         *,
         pattern: str = GPT2_SPLIT,
         name: str | None = None,
+        end_token: str = END_OF_TEXT,
+        normal_form: str | None = None,
     ):
         """ranks: bytes -> id of every token, earlier merges lower; special_tokens: text -> id.
 
-        name: what prepare.py calls it. Raises ValueError for ids that are not 0, 1, 2 ... without
-        gap, for a byte without token, and for a pattern that cannot cut a text.
+        name: what prepare.py calls it. end_token: the special token that ends a document, if it
+        is one of them. normal_form: the Unicode form, as "NFC", that texts are brought to first.
+        Raises ValueError for ids that are not 0, 1, 2 ... without gap, for a byte without token,
+        and for a pattern that cannot cut a text.
         """
         self.ranks, self.special_tokens = dict(ranks), dict(special_tokens)
         self.pattern, self.name = pattern, name or f"bpe:{self.vocab_size}"
+        self.end_token, self.normal_form = end_token, normal_form
+        if not isinstance(end_token, str):
+            raise ValueError(f"end_token={end_token!r}: must be the name of a special token")
+        if normal_form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+            raise ValueError(
+                f"normal_form={normal_form!r}: choose NFC, NFD, NFKC or NFKD, or None"
+            )
         if not isinstance(self.name, str) or not self.name.isprintable():
             raise ValueError(f"name={name!r}: must be printable text")
         ids = [*self.ranks.values(), *self.special_tokens.values()]
@@ -209,7 +225,11 @@ class BPETokenizer:
     @property
     def end_of_text(self) -> int | None:
         """The id of the special token that ends a document, if there is one."""
-        return self.special_tokens.get(END_OF_TEXT)
+        return self.special_tokens.get(self.end_token)
+
+    def normalize(self, text: str) -> str:
+        """The text that its ids give back."""
+        return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
     def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
         """Ids of the text: what encode_naive gives, by tiktoken.
@@ -257,7 +277,7 @@ class BPETokenizer:
             if i % 2:
                 yield self.special_tokens[part]
             else:
-                yield from cut_long_blanks(part)
+                yield from cut_long_blanks(self.normalize(part))
 
     @cached_property
     def _engine(self) -> tiktoken.Encoding:
@@ -286,6 +306,8 @@ class BPETokenizer:
             "kind": self.kind,
             "name": self.name,
             "pattern": self.pattern,
+            "end_token": self.end_token,
+            "normal_form": self.normal_form,
             "special_tokens": self.special_tokens,
             "ranks": {token.decode("latin-1"): i for token, i in self.ranks.items()},
         }
@@ -296,12 +318,13 @@ class BPETokenizer:
         """The tokenizer of what save has written."""
         ranks = {token.encode("latin-1"): i for token, i in content["ranks"].items()}
         options = {"pattern": content["pattern"], "name": content["name"]}
-        return cls(ranks, content["special_tokens"], **options)
+        younger = {key: content[key] for key in ("end_token", "normal_form") if key in content}
+        return cls(ranks, content["special_tokens"], **options, **younger)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BPETokenizer):
             return False
-        keys = ("ranks", "special_tokens", "pattern")
+        keys = ("ranks", "special_tokens", "pattern", "end_of_text", "normal_form")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 

@@ -510,16 +510,17 @@ def test_help_has_a_line_for_every_key(script, run_main):
     assert out.startswith((ROOT / f"{script}.py").read_text(encoding="utf-8")[3:30])
     cls = {"train": TrainConfig}.get(script) or class_of(script)
     for field in dataclasses.fields(cls):
-        pattern = rf"^  --{field.name} +(\S.+?)(?: \[(.+)\])?$"
-        match = re.search(pattern, out, re.MULTILINE)
-        assert match, f"--{field.name} is missing"
+        needed = field.default is dataclasses.MISSING
+        name = field.name.upper() if needed else f"--{field.name}"
+        match = re.search(rf"^  {name} +(\S.+?)(?: \[(.+)\])?$", out, re.MULTILINE)
+        assert match, f"{name} is missing"
         comment, default = match.groups()
         assert "=" not in comment.split(" ")[0]
-        if field.default is dataclasses.MISSING:
+        if needed:
             assert default is None
         else:
             assert ast.literal_eval(default) == field.default
-    assert out.count("\n  --") == len(dataclasses.fields(cls))
+    assert len(re.findall(r"^  \S", out, re.MULTILINE)) == len(dataclasses.fields(cls))
 
 
 def class_of(script):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 
 import pytest
 import tiktoken
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from nanolm.bpe import LONGEST_BLANK, N_BYTES, learn_merges_naive, split, tokens_of
+from nanolm.data import open_dataset
 from nanolm.tokenizer import (
     END_OF_TEXT,
     TOKENIZER_FILE,
@@ -216,6 +218,48 @@ def test_a_special_token_that_does_not_exist_is_named():
 
 
 # ------------------------------------------------------------------------------------------
+# Normal forms
+
+# Characters, and marks that come in several orders and combine with what is before them.
+marked = st.text([*"aeA \n", "\u0301", "\u0323", *"\u00e9\u212b\ufb01\uac00<|"])
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+@settings(max_examples=30)
+@given(text=st.lists(marked | texts | st.sampled_from(SPECIAL)).map("".join))
+def test_encoding_brings_a_text_to_its_normal_form_and_leaves_special_tokens(form, text):
+    learned = BPE_TOKENIZERS["GPT-2"]
+    tokenizer = BPETokenizer(learned.ranks, learned.special_tokens, normal_form=form)
+    ids = tokenizer.encode(text)
+    assert ids == tokenizer.encode_naive(text) == learned.encode(unicodedata.normalize(form, text))
+    assert tokenizer.decode(ids) == tokenizer.normalize(text)
+    kept = text.split(END_OF_TEXT)
+    expected = [learned.encode(tokenizer.normalize(part)) for part in kept]
+    parts = tokenizer.encode(text, allowed_special=[END_OF_TEXT])
+    assert parts == [*expected[0], *(i for e in expected[1:] for i in [tokenizer.end_of_text, *e])]
+
+
+def test_prepare_counts_the_bytes_of_the_normalized_text(workplace, run_main):
+    """It compares what it writes with the text, which must not fail where the text changes."""
+    text = "Ae\u0301 \u212b \ufb01 e\u0301\u0323\n" * 40
+    (workplace / "text.txt").write_text(text, encoding="utf-8")
+    for form in ("NFC", "NFKD"):
+        tokenizer = BPETokenizer(AB.ranks, AB.special_tokens, normal_form=form)
+        tokenizer.save(workplace / "t.json")
+        flags = "--input", "text.txt", "--tokenizer=t.json"
+        code, _, errors = run_main("prepare", form, *flags)
+        assert code == 0, errors
+        dataset = open_dataset(form)
+        ids = list(map(int, [*dataset.train, *dataset.val]))
+        assert dataset.tokenizer == tokenizer
+        written = tokenizer.decode(ids).replace(END_OF_TEXT, "")
+        assert written == unicodedata.normalize(form, text) != text
+        sizes = [dataset.meta[split]["bytes"] for split in ("train", "val")]
+        assert sum(sizes) == len(written.encode())
+        assert run_main("prepare", form, "--check")[0] == 0
+
+
+# ------------------------------------------------------------------------------------------
 # Training
 
 
@@ -291,15 +335,32 @@ def test_a_loaded_tokenizer_encodes_as_the_saved_one(tokenizer, place, tmp_path)
     assert (loaded, loaded.name) == (tokenizer, tokenizer.name)
 
 
+AB = BPETokenizer.train(["ab"], 258)
+
+
 def test_tokenizers_that_encode_differently_differ():
     tokenizers = [
         BPETokenizer.train(["ab"], 258),
         BPETokenizer.train(["cd"], 258),
         BPETokenizer.train(["ab"], 258, special_tokens=["x"]),
         BPETokenizer.train(["ab"], 258, pattern=r"\w+"),
+        BPETokenizer(AB.ranks, AB.special_tokens, end_token="x"),
+        BPETokenizer(AB.ranks, AB.special_tokens, normal_form="NFC"),
+        BPETokenizer(AB.ranks, AB.special_tokens, normal_form="NFD"),
         CharTokenizer("ab"),
     ]
     assert all((a == b) == (a is b) for a in tokenizers for b in tokenizers)
+
+
+@pytest.mark.parametrize("options", [{"end_token": ".*"}, {"normal_form": "NFKD"}])
+def test_the_end_of_a_text_and_the_normal_form_are_saved(options, tmp_path):
+    learned = BPE_TOKENIZERS["GPT-2"]
+    tokenizer = BPETokenizer(learned.ranks, learned.special_tokens, **options)
+    tokenizer.save(tmp_path / "t.json")
+    loaded = load_tokenizer(tmp_path / "t.json")
+    assert loaded == tokenizer != learned
+    assert loaded.end_of_text == tokenizer.special_tokens[options.get("end_token", END_OF_TEXT)]
+    assert loaded.encode("e\u0301\u00e9") == tokenizer.encode("e\u0301\u00e9")
 
 
 BYTES = {chr(byte): byte for byte in range(N_BYTES)}
@@ -311,6 +372,13 @@ def test_a_file_of_this_form_is_read(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(GOOD))
     expected = BPETokenizer.train([], 257, special_tokens=["x"], pattern=r"\w+")
     assert load_tokenizer(tmp_path / "t.json") == expected
+
+
+def test_a_file_of_this_form_is_older_than_the_other_options(tmp_path):
+    assert not {"end_token", "normal_form"} & set(GOOD)
+    (tmp_path / "t.json").write_text(json.dumps(GOOD))
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    assert (tokenizer.end_token, tokenizer.normal_form) == (END_OF_TEXT, None)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
@@ -332,6 +400,8 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
         *[GOOD | {"ranks": BYTES | {"a": i}} for i in (0, -1, 97.0, "97", None, True)],
         *[GOOD | {"ranks": BYTES | new} for new in ({"ab": 258}, {"ab": 256}, {"\u0100": 257})],
         GOOD | {"ranks": {"ab": 0} | {chr(i): i for i in range(1, N_BYTES)}},  # no byte 0
+        *[GOOD | {"normal_form": form} for form in ("nfc", "", 3, ["NFC"])],
+        *[GOOD | {"end_token": token} for token in (3, ["x"], {"x": 256})],
         *[GOOD | {"special_tokens": names} for names in (["x"], {"x": 255}, {"": 256}, "x", 3)],
         GOOD | {"special_tokens": {"\ud800": 256}},
     ],
