@@ -25,6 +25,9 @@ except ImportError:  # Windows has no flock; everything but the lock works there
     fcntl = None
 
 
+SCRATCH = ".partial"  # the folder in which others are filled
+
+
 def sha256(path: str | Path) -> str:
     """The file's SHA-256, in hexadecimal."""
     with open(path, "rb") as file:
@@ -119,7 +122,7 @@ def whole_folder(folder: str | Path, *, seal: str) -> Iterator[Path]:
     never one whose seal tells of other files than it holds. Raises ValueError where another
     process fills it.
     """
-    scratch = Path(folder) / ".partial"
+    scratch = Path(folder) / SCRATCH
     with made_folder(folder) as folder, lock(folder):
         shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left
         scratch.mkdir()

@@ -1,0 +1,98 @@
+"""Small random models of transformers in folders, and how they compare with ours."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import TEXT
+from safetensors.torch import load_file, save_file
+from strategies import random_tokens, scramble
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nanolm.families import FAMILIES
+from nanolm.huggingface import CONFIG, WEIGHTS
+from nanolm.model import GPT
+from nanolm.sampling import generate
+from nanolm.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from nanolm.tokenizer_json import write_tokenizer
+
+transformers.logging.disable_progress_bar()
+
+CHARACTERS = CharTokenizer.train([TEXT])
+TOKENIZERS = {"char": CHARACTERS, "bpe": BPETokenizer.train([TEXT], 263)}
+T = 31  # the shortest context: room for a prompt and 20 tokens
+SMALL = {"block_size": T, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 12, "n_hidden": 17}
+SMALL |= {"vocab_size": CHARACTERS.vocab_size, "head_size": 4}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def their_config(family: str, ours: dict = SMALL, **theirs) -> transformers.PreTrainedConfig:
+    """A config of transformers, of our keys as far as the family has them, and some of its own."""
+    names = FAMILIES[family].keys
+    keys = {names[key]: value for key, value in ours.items() if key in names}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"))
+    return transformers.AutoConfig.for_model(family, **ends | keys | theirs)
+
+
+def save_theirs(folder: Path, config, *, seed: int = 7, dtype=torch.float32, **options) -> Path:
+    """Write a model of transformers with random weights, and a tokenizer beside it."""
+    model = scramble(AutoModelForCausalLM.from_config(config), seed, scale=0.1)
+    model.to(dtype).save_pretrained(folder, **options)
+    write_tokenizer(CHARACTERS, folder, block_size=T)
+    return folder
+
+
+def read_theirs(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def change_config(folder: Path, *, without: Iterable[str] = (), **changes: object) -> Path:
+    """Change keys of config.json, or leave some out."""
+    content = json.loads((folder / CONFIG).read_text()) | changes
+    content = {key: value for key, value in content.items() if key not in without}
+    (folder / CONFIG).write_text(json.dumps(content))
+    return folder
+
+
+def change_weights(folder: Path, change: Callable[[dict], object]) -> Path:
+    """Change the tensors of model.safetensors, a dict by their names, in place."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    assert (found - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+
+
+@torch.no_grad()
+def assert_same_model(ours: GPT, theirs: torch.nn.Module) -> None:
+    """Logits, loss, and 20 tokens, each the likeliest, are those of transformers."""
+    ids = random_tokens(ours.config, 5, batch=3, length=T)
+    assert_close(ours(ids)[0], theirs(ids).logits)
+    assert_close(ours(ids[:, :-1], ids[:, 1:])[1], theirs(ids, labels=ids).loss)
+    prompt, mask = ids[:, :5], torch.ones(3, 5)
+    drawn = generate(ours, prompt, max_new_tokens=20, temperature=0)
+    wanted = theirs.generate(prompt, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    assert torch.equal(torch.stack(list(drawn), dim=1), wanted[:, 5:])
+
+
+def assert_equal(a: tuple[GPT, Tokenizer], b: tuple[GPT, Tokenizer]) -> None:
+    """Two models and their tokenizers are the same, bit for bit."""
+    (model, tokenizer), (other, other_tokenizer) = a, b
+    assert (model.config, tokenizer) == (other.config, other_tokenizer)
+    pairs = zip(model.state_dict().items(), other.state_dict().items(), strict=True)
+    assert all(name == twin and torch.equal(x, y) for (name, x), (twin, y) in pairs)
+
+
+def refusal(of: Callable, *arguments: object) -> str:
+    """The one line with which something is refused."""
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        of(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
