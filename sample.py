@@ -13,7 +13,8 @@ import torch
 from nanolm.config import load_config, run_script
 from nanolm.corpus import read_text
 from nanolm.engine import Engine, Hardware, choose_device, choose_engine, find_hardware
-from nanolm.folder import load_trained, newest_run
+from nanolm.folder import newest_run
+from nanolm.huggingface import load_model
 from nanolm.model import require_at_least
 from nanolm.sampling import check_knobs, generate, until
 from nanolm.tokenizer import stream_text
@@ -23,7 +24,7 @@ from nanolm.tokenizer import stream_text
 class SampleConfig:
     """The keys of sample.py. Names and defaults are nanoGPT's where it has them."""
 
-    init_from: str = "resume"  # resume (the run in out_dir) | folder of a run
+    init_from: str = "resume"  # resume (the run in out_dir) | gpt2 | FOLDER | OWNER/NAME
     out_dir: str | None = None  # the run; None: the one in out/ that was trained last
     start: str = "\n"  # the prompt, or FILE:prompt.txt
     num_samples: int = 10  # how many texts
@@ -75,14 +76,16 @@ def main(arguments: list[str]) -> None:
     prompt = read_prompt(config.start)
     engine = sampling_engine(config, find_hardware())
     resume = config.init_from == "resume"
-    folder = (config.out_dir or newest_run()) if resume else config.init_from
-    model, tokenizer, step = load_trained(folder)
+    name = (config.out_dir or newest_run()) if resume else config.init_from
+    if resume and not Path(name).is_dir():
+        raise FileNotFoundError(f"out_dir={name!r}: there is no such folder")
+    model, tokenizer, origin = load_model(name)
     model = model.to(engine.device)
     if engine.compile:
         model.compile(dynamic=True)
     ids = tokenizer.encode(prompt, allowed_special="all")
     ids = torch.tensor([ids], dtype=torch.long, device=engine.device)
-    print(f"sampling from {folder}, step {step}, {engine.device} {engine.dtype}", file=sys.stderr)
+    print(f"sampling from {origin}, {engine.device} {engine.dtype}", file=sys.stderr)
     knobs = {
         key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")
     }

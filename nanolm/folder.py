@@ -24,6 +24,7 @@ from nanolm.settings import MODEL_KEYS, SHAPE_KEYS, TrainConfig
 from nanolm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 RUNS = Path("out")
+PRETRAINED = "config.json"  # what tells a folder of Hugging Face's format
 RUN_FILE, METRICS_FILE, PICTURE = "run.json", "metrics.jsonl", "loss.png"
 
 
@@ -33,9 +34,10 @@ def run_folder(path: str) -> Iterator[Path]:
 
     Raises ValueError where it cannot be written, or another process writes it.
     """
-    if not path or (Path(path) / SEAL).exists():
+    if not path or any((Path(path) / name).exists() for name in (SEAL, PRETRAINED)):
         raise ValueError(
-            f"out_dir={path!r}: choose a folder of its own, and not that of a dataset"
+            f"out_dir={path!r}: choose a folder of its own, and not that of a dataset or of a "
+            "pretrained model"
         )
     with ExitStack() as stack:
         try:
@@ -66,34 +68,6 @@ def launch_of(folder: Path) -> str | None:
         return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["launch"]
 
 
-def find_start(
-    config: TrainConfig, folder: Path, *, restarted: bool = False
-) -> tuple[str, dict | None]:
-    """What init_from asks for: ("scratch", None), or ("resume" | "weights", a checkpoint).
-
-    A run that torchrun has restarted resumes, however it began. Raises ValueError or
-    FileNotFoundError where that cannot be.
-    """
-    way, there = config.init_from, holds_a_run(folder)
-    if there and (restarted or way == "auto"):
-        way = "resume"
-    elif way == "auto":
-        way = "scratch"
-    if way not in ("scratch", "resume") and not (way and Path(way).is_dir()):
-        raise ValueError(f"init_from={way!r}: choose scratch, resume, auto or the folder of a run")
-    if way == "resume":
-        loaded = checkpoint.load_newest(folder, check_content)
-    else:
-        check_replaceable(config, folder, way)
-        if way == "scratch":
-            return way, None
-        loaded = checkpoint.load_best(way, check_content)
-    saved, problems = loaded
-    for problem in problems:
-        print(f"warning   {problem}; using another one")
-    return (way if way == "resume" else "weights"), saved
-
-
 def holds_a_run(folder: Path) -> bool:
     """Whether there is a checkpoint in the folder, sound or not."""
     return bool(checkpoint.step_files(folder)) or (folder / checkpoint.BEST).exists()
@@ -107,7 +81,7 @@ def check_replaceable(config: TrainConfig, folder: Path, way: str) -> None:
             f"{folder} holds a run already: continue it with --init_from=resume, choose another "
             "--out_dir, or replace it with --overwrite=true"
         )
-    if way != "scratch" and folder.samefile(way) and not config.eval_only:
+    if Path(way).is_dir() and folder.samefile(way) and not config.eval_only:
         raise ValueError(
             f"init_from={way!r} is also the out_dir: continue the run with --init_from=resume, or "
             "choose another --out_dir"
@@ -186,14 +160,24 @@ def check_optimizer(saved: dict, groups: list[dict], optimizer: str) -> None:
 def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig:
     """The config of a run that starts from a checkpoint.
 
-    A resumed run keeps its model: keys that differ are an error, other changes are printed. A new
-    run that starts from another's weights takes over their shape. Dropout may change either way.
+    A run that starts from weights takes over their shape, but for a smaller block_size. A resumed
+    run keeps its model, too: what it has not taken over from weights must not differ, nor may its
+    optimizer; other changes are printed. Dropout may change either way.
     """
     old, new = {**saved["config"], **asdict(saved_model_config(saved))}, asdict(config)
-    if way == "weights":
-        for key in [key for key in SHAPE_KEYS if old[key] != new[key]]:
-            print(f"taken     {key}: {old[key]!r} as in {config.init_from}, not {new[key]!r}")
-        return replace(config, **{key: old[key] for key in SHAPE_KEYS})
+    resumed, origin = way == "resume", old.get("init_from", "scratch")
+    if not resumed or origin not in ("scratch", "auto", "resume"):
+        taken = {key: old[key] for key in SHAPE_KEYS if old[key] != new[key]}
+        if not resumed and new["block_size"] < old["block_size"]:
+            del taken["block_size"]
+            print(f"block     cut to {new['block_size']} tokens, of {old['block_size']}")
+        if taken:
+            source = config.out_dir if resumed else config.init_from
+            print(f"shape     of {source}: {', '.join(f'{k}={v!r}' for k, v in taken.items())}")
+            config = replace(config, **taken)
+    if not resumed:
+        return config
+    new = asdict(config)
     changed = {key for key in new if key in old and old[key] != new[key]}
     wrong = [
         f"{key} is {old[key]!r} there and {new[key]!r} here"
@@ -207,20 +191,25 @@ def fit_to_checkpoint(config: TrainConfig, way: str, saved: dict) -> TrainConfig
         )
     for key in sorted(changed - {"init_from", "overwrite", "eval_only", "out_dir"}):
         print(f"changed   {key}: {old[key]!r} before, {new[key]!r} now")
-    return config
+    return replace(config, init_from=origin)  # which says where the shape came from
 
 
-def check_tokenizer(folder: Path, dataset: Dataset) -> None:
-    """Raise ValueError where the run in the folder was trained on another tokenizer's ids."""
+def run_tokenizer(folder: Path, dataset: Dataset) -> Tokenizer:
+    """The tokenizer that the run in the folder was trained with."""
     if not (folder / TOKENIZER_FILE).exists():
         raise ValueError(
             f"{folder} has lost its {TOKENIZER_FILE}: copy it there from {dataset.folder}, if "
             "that is the dataset it was trained on"
         )
-    if load_tokenizer(folder / TOKENIZER_FILE) != dataset.tokenizer:
+    return load_tokenizer(folder / TOKENIZER_FILE)
+
+
+def check_tokenizer(tokenizer: Tokenizer, dataset: Dataset, name: str | Path) -> None:
+    """Raise ValueError where the model was trained on other ids than the dataset's."""
+    if tokenizer != dataset.tokenizer:
         raise ValueError(
-            f"the model in {folder} was trained with another tokenizer than that of "
-            f"{dataset.folder}: choose the --dataset it knows, or train a new model from scratch"
+            f"{name} was trained with another tokenizer than that of {dataset.folder}: choose the "
+            f"--dataset it knows, or prepare the text for it: prepare.py NAME --tokenizer={name}"
         )
 
 
@@ -231,7 +220,10 @@ def load_trained(folder: str | Path) -> tuple[GPT, Tokenizer, int]:
     """
     folder = Path(folder)
     if not (folder / TOKENIZER_FILE).exists():
-        raise FileNotFoundError(f"{folder} is not the folder of a run: train one with train.py")
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a run: train one with train.py; nor does it have the "
+            "config.json of a pretrained model"
+        )
     saved, problems = checkpoint.load_best(folder, check_content)
     for problem in problems:
         print(f"warning: {problem}; using another one", file=sys.stderr)

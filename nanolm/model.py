@@ -258,9 +258,12 @@ class GPT(nn.Module):
             return self.head(x), None  # (B, T, V)
         return None, projected_cross_entropy(x, self.head.weight, targets)
 
-    def new_cache(self) -> list[KVCache]:
-        """An empty cache for forward: one KVCache per layer, with room for block_size tokens."""
-        return [KVCache(self.config.block_size) for _ in self.blocks]
+    def new_cache(self, length: int | None = None) -> list[KVCache]:
+        """An empty cache for forward: one KVCache per layer, with room for block_size tokens.
+
+        length: fewer tokens, for less memory.
+        """
+        return [KVCache(length or self.config.block_size) for _ in self.blocks]
 
 
 @torch.no_grad()

@@ -91,8 +91,10 @@ class Run:
         config, engine, meta, step = self.config, self.engine, self.dataset.meta, self.state.step
         tokens, per_update = meta["train"]["tokens"], config.tokens_per_update
         epochs = config.max_iters * per_update / tokens
+        given = config.init_from not in ("scratch", "auto") and self.fresh
+        start = f"the weights of {config.init_from}" if given else "step 0"
         print(
-            f"run       {self.folder}, " + (f"resumed at step {step}" if step else "from step 0")
+            f"run       {self.folder}, " + (f"resumed at step {step}" if step else f"from {start}")
         )
         names = (engine.device, engine.dtype, "compiled" if engine.compile else "not compiled")
         for label, name, reason in zip(
@@ -107,13 +109,15 @@ class Run:
             f"{meta['val']['tokens']:,} for validation, {config.vocab_size:,} different ones"
         )
         print(f"model     {count_parameters(self.state.model):,} parameters")
+        if config.eval_only:
+            return
         print(f"updates   {config.max_iters:,} of {per_update:,} tokens each: {epochs:.2f} epochs")
         if self.fresh and config.init_from in ("scratch", "auto"):
             guess = f"ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}"
             print(f"loss      starts near that of a blind guess, {guess}")
         flops = flops_per_token(self.state.model) * per_update * (config.max_iters - step)
         seconds = flops / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
-        if engine.device_type == "cpu" and seconds > 3600 and not config.eval_only:
+        if engine.device_type == "cpu" and seconds > 3600:
             print(
                 f"warning   this run takes a CPU like this one about {metrics.duration(seconds)}; "
                 "config/shakespeare_cpu.py and config/pydocs.py are made for CPUs"
@@ -257,9 +261,9 @@ class Run:
 
     def way_back(self) -> str:
         """What is left of the run where it cannot go on."""
-        steps = checkpoint.step_files(self.folder)
+        steps, way = checkpoint.step_files(self.folder), self.config.init_from
         if not steps:
-            return "there is no checkpoint yet: start again with --init_from=scratch"
+            return f"there is no checkpoint yet: start again with --init_from={way}"
         return f"the last checkpoint is {steps[-1]}: continue from it with --init_from=resume"
 
     def show(self) -> None:

@@ -83,7 +83,11 @@ def generate(
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # the rows that have stopped
     block_size = model.config.block_size
     context = ids[:, -block_size:]
-    cache, unread = model.new_cache(), context  # unread: the end of the context, not yet cached
+    room = min(block_size, context.shape[1] + max_new_tokens)
+    cache, unread = (
+        model.new_cache(room),
+        context,
+    )  # unread: the end of the context, not yet cached
     for _ in range(max_new_tokens):
         if context.shape[1] > block_size:
             context = context[:, -max(1, block_size // 2) :]

@@ -18,7 +18,7 @@ class TrainConfig(ModelConfig):
     vocab_size: int | None = None  # set by the tokenizer
     # the run
     out_dir: str | None = None  # folder of the run; None: out/<name of the config file>
-    init_from: str = "scratch"  # scratch | resume | auto (resume, else scratch) | FOLDER of a run
+    init_from: str = "scratch"  # scratch | resume | auto | gpt2[-medium...] | FOLDER | OWNER/NAME
     overwrite: bool = False  # let scratch replace the run that is in out_dir
     eval_interval: int = 2000  # updates between evaluations
     eval_iters: int = 200  # batches per evaluation of a split; 0: all of val, as many of train

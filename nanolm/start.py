@@ -11,17 +11,21 @@ from pathlib import Path
 import torch
 
 from nanolm import checkpoint
-from nanolm.batches import windows_per_epoch
 from nanolm.data import Dataset, open_dataset
 from nanolm.engine import Engine, Hardware, choose_engine, find_hardware
 from nanolm.folder import (
+    check_content,
+    check_replaceable,
     check_tokenizer,
-    find_start,
     fit_to_checkpoint,
+    holds_a_run,
     launch_of,
     remove_leftovers,
     run_folder,
+    run_tokenizer,
 )
+from nanolm.hub import is_hub_name
+from nanolm.huggingface import load_model
 from nanolm.model import GPT
 from nanolm.optim import OPTIMIZERS, parameter_groups
 from nanolm.parallel import World, find_world, joined
@@ -71,11 +75,42 @@ def begin(
     """Take the run's folder, until the stack is closed; where the run starts (see find_start)."""
     folder = stack.enter_context(run_folder(config.out_dir))
     again = world.restarts > 0 and launch_of(folder) == world.launch
-    way, saved = find_start(config, folder, restarted=again)
-    if saved:
-        check_tokenizer(folder if way == "resume" else Path(config.init_from), dataset)
+    way, saved = find_start(config, folder, dataset, restarted=again)
     remove_leftovers(folder)
     return way, saved
+
+
+def find_start(
+    config: TrainConfig, folder: Path, dataset: Dataset, *, restarted: bool = False
+) -> tuple[str, dict | None]:
+    """What init_from asks for: ("scratch", None), or ("resume" | "weights", a checkpoint).
+
+    The checkpoint of "weights" holds no more than a model and its config. A run that torchrun has
+    restarted resumes, however it began. Raises ValueError or FileNotFoundError where that cannot
+    be, or where the model has learned other tokens than the dataset's.
+    """
+    way, there = config.init_from, holds_a_run(folder)
+    if there and (restarted or way == "auto"):
+        way = "resume"
+    elif way == "auto":
+        way = "scratch"
+    if way == "resume":
+        saved, problems = checkpoint.load_newest(folder, check_content)
+        for problem in problems:
+            print(f"warning   {problem}; using another one")
+        check_tokenizer(run_tokenizer(folder, dataset), dataset, folder)
+        return way, saved
+    if way != "scratch" and not ((way and Path(way).is_dir()) or is_hub_name(way)):
+        raise ValueError(
+            f"init_from={way!r}: choose scratch, resume, auto, the folder of a model, gpt2, or "
+            "OWNER/NAME on the Hugging Face hub"
+        )
+    check_replaceable(config, folder, way)
+    if way == "scratch":
+        return way, None
+    model, tokenizer, _ = load_model(way)
+    check_tokenizer(tokenizer, dataset, way)
+    return "weights", {"model": model.state_dict(), "config": asdict(model.config)}
 
 
 def ready_run(
@@ -99,7 +134,7 @@ def ready_run(
     if resumed:
         state.load_state_dict(saved)
     elif saved:
-        state.model.load_state_dict(saved["model"])
+        state.model.load_state_dict(cut_positions(saved["model"], config.block_size))
     run = Run(config, Path(config.out_dir), dataset, engine, state, world, fresh=not resumed)
     next(run.micro_batches(state.step))  # wrong data shows before anything is written
     return run
@@ -157,7 +192,6 @@ def fit_to_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
     Raises ValueError or FileNotFoundError where there is none, or none that fits.
     """
     dataset = open_dataset(config.dataset)
-    windows_per_epoch(len(dataset.train), config.block_size)
     n = dataset.tokenizer.vocab_size
     if config.vocab_size not in (None, n):
         raise ValueError(
@@ -173,6 +207,14 @@ def build_model(config: TrainConfig) -> GPT:
     return GPT(config.model_config())
 
 
+def cut_positions(weights: dict[str, torch.Tensor], block_size: int) -> dict[str, torch.Tensor]:
+    """The weights of a model with a context that is no longer than block_size."""
+    return {
+        name: weight[:block_size] if name == "positions.weight" else weight
+        for name, weight in weights.items()
+    }
+
+
 def run_engine(config: TrainConfig, model: GPT, hardware: Hardware, before: dict | None) -> Engine:
     """The engine that config and hardware give; auto keeps what it chose for the run before."""
     asked = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
@@ -181,7 +223,8 @@ def run_engine(config: TrainConfig, model: GPT, hardware: Hardware, before: dict
         kept = {key: before[key] if value == "auto" else value for key, value in asked.items()}
         with suppress(ValueError):  # the run has moved to a machine without that device
             return replace(choose_engine(hardware, **kept), reasons=("as the run began",) * 3)
-    flops = flops_per_token(model) * config.tokens_per_update * config.max_iters
+    updates = 0 if config.eval_only else config.max_iters
+    flops = flops_per_token(model) * config.tokens_per_update * updates
     return choose_engine(hardware, **asked, flops=flops)
 
 

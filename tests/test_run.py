@@ -342,6 +342,30 @@ def test_a_run_can_start_from_the_weights_of_another(tiny_run):
     assert numbers(folder)[0]["step"] == 0
 
 
+def test_a_run_from_weights_resumes_with_the_flags_it_began_with(tiny_run):
+    """They may say nothing of the shape, or another one: it came with the weights.
+
+    A finetuned GPT-2 could not be resumed: its biases are not what an empty config has.
+    """
+    flags = [*TINY, "--n_layer=3", "--out_dir=out/x", f"--init_from={tiny_run}"]
+    start_run(load_config(TrainConfig, [*flags, "--max_iters=2"]))
+    for way, steps in (("resume", 4), ("auto", 6)):
+        start_run(load_config(TrainConfig, [*flags, f"--max_iters={steps}", f"--init_from={way}"]))
+    config = load("out/x/step_00000006.pt")["config"]
+    assert (config["n_layer"], config["norm"], config["init_from"]) == (1, "rms", str(tiny_run))
+
+
+def test_a_smaller_context_cuts_the_positions_of_the_weights(tiny_run, capsys):
+    source = train("--max_iters=1")
+    still = ["--learning_rate=1e-30", "--min_lr=0", "--weight_decay=0", "--max_iters=1"]
+    folder = train(f"--init_from={source}", "--out_dir=out/y", "--block_size=5", *still)
+    assert "cut to 5 tokens, of 8" in capsys.readouterr().out
+    before, after = (
+        load(path / "best.pt")["model"]["positions.weight"] for path in (source, folder)
+    )
+    assert torch.equal(after, before[:5])
+
+
 def test_two_runs_cannot_write_to_one_folder(tiny_run):
     from nanolm.files import lock
 
