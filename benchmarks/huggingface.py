@@ -1,0 +1,112 @@
+"""The largest difference between our logits and those of transformers, for each family.
+
+    python -m benchmarks.huggingface
+
+Random small models in float32: some are made by transformers and read here, the others are made
+here and read by transformers. A difference counts in units of the largest logit, if that is above
+1.
+"""
+
+import contextlib
+import io
+import random
+from argparse import ArgumentParser
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.compare import at_least_1, new_file, run_benchmark, write
+from nanolm.families import FAMILIES, OURS, config_json
+from nanolm.huggingface import export_model, load_model
+from nanolm.model import GPT, ModelConfig
+from nanolm.tokenizer import CharTokenizer
+from nanolm.tokenizer_json import write_tokenizer
+
+TOKENIZER = CharTokenizer(map(chr, range(97)))
+B, T = 2, 64
+
+
+def draw_config(name: str) -> ModelConfig:
+    """A small model that the family of that name can have."""
+    family = FAMILIES[name]
+    n_kv_head = random.choice([1, 2, 3])
+    n_head = n_kv_head * random.choice([1, 2]) if "n_kv_head" in family.keys else n_kv_head
+    sizes = {"head_size": random.choice([16, 32]), "n_kv_head": n_kv_head}
+    return ModelConfig(
+        **family.shape,
+        **(sizes if "head_size" in family.keys else {}),
+        vocab_size=TOKENIZER.vocab_size,
+        block_size=T,
+        n_layer=random.choice([1, 2, 4]),
+        n_head=n_head,
+        n_embd=n_head * random.choice([16, 48]),
+        n_hidden=random.choice([64, 200]),
+        norm_eps=random.choice([1e-6, 1e-5, 1e-2]),
+        rope_theta=random.choice([1e4, 1e6]),
+        bias=name != "qwen3" and random.choice([False, True]),
+        tie_embeddings=random.choice([False, True]),
+    )
+
+
+@torch.no_grad()
+def scramble(model: torch.nn.Module) -> None:
+    """Move every weight, so that biases are not 0, and norms not 1."""
+    for weight in model.parameters():
+        weight += 0.1 * torch.randn_like(weight)
+
+
+def read_difference(config: ModelConfig, name: str, folder: Path) -> float:
+    """Make a model of transformers, and read it here."""
+    theirs = config_json(FAMILIES[name], config, None)
+    del theirs[OURS]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **theirs)).eval()
+    scramble(model)
+    model.save_pretrained(folder)
+    write_tokenizer(TOKENIZER, folder, block_size=T)
+    return difference(load_model(folder)[0], model)
+
+
+def written_difference(config: ModelConfig, name: str, folder: Path) -> float:
+    """Make a model here, and let transformers read it."""
+    model = GPT(config).eval()
+    scramble(model)
+    assert export_model(model, TOKENIZER, folder) == FAMILIES[name].architecture
+    return difference(model, AutoModelForCausalLM.from_pretrained(folder))
+
+
+@torch.no_grad()
+def difference(model: GPT, theirs: torch.nn.Module) -> float:
+    """max |a - b| / max(1, max |b|) of the logits, a being ours."""
+    ids = torch.randint(TOKENIZER.vocab_size, (B, T))
+    ours, wanted = model(ids)[0], theirs(ids).logits
+    return ((ours - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=at_least_1, default=50, help="in each direction")
+    parser.add_argument("--json", type=new_file, help="also write the results to this file")
+    return parser
+
+
+def main(words: list[str]) -> None:
+    options = parser().parse_args(words)
+    random.seed(0)
+    torch.manual_seed(0)
+    results = {}
+    for name in FAMILIES:
+        for way in (read_difference, written_difference):
+            largest = 0.0
+            for _ in range(options.models):
+                quiet = contextlib.redirect_stderr(io.StringIO())  # progress bars
+                with TemporaryDirectory() as folder, quiet:
+                    largest = max(largest, way(draw_config(name), name, Path(folder)))
+            results[f"{name}, {way.__name__}"] = largest
+            print(f"{name:6} {way.__name__:18} {largest:.1e} in {options.models} models")
+    write(options.json, results)
+
+
+if __name__ == "__main__":
+    run_benchmark(main)
