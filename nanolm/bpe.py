@@ -35,6 +35,8 @@ from nanolm.workers import progress
 # is left to the word after it | blanks.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+ANY_CHARACTER = r"[\s\S]"  # to every engine: regex, tiktoken's, and Hugging Face's
+
 LONGEST_BLANK = 10_000  # characters of white space in a row; tiktoken fails on a million
 
 N_BYTES = 256  # the tokens to begin with: each byte is its own id
@@ -48,7 +50,7 @@ Pair = tuple[int, int]
 
 def with_fallback(pattern: str) -> str:
     """The pattern, and any single character where it does not match: so none gets lost."""
-    return f"(?:{pattern})|(?s:.)"
+    return f"(?:{pattern})|{ANY_CHARACTER}"
 
 
 @lru_cache

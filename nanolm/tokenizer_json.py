@@ -23,7 +23,7 @@ from pathlib import Path
 
 import regex
 
-from nanolm.bpe import GPT2_SPLIT, compiled, merges_of
+from nanolm.bpe import ANY_CHARACTER, GPT2_SPLIT, compiled, merges_of, with_fallback
 from nanolm.files import write_text
 from nanolm.gpt2 import FILE as GPT2_FILE
 from nanolm.gpt2 import byte_of_character
@@ -49,7 +49,6 @@ PIPELINE, SETTINGS, VOCAB, MERGES, ROLES, ADDED = FILES = (
 # GPT-2's pattern once each digit has been cut out: to the blanks before it, the text ends there.
 SINGLE_DIGITS = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")  # of tokenizer_config.json
-ANY_CHARACTER = r"[\s\S]"  # as Hugging Face's engine (Oniguruma) understands it
 
 
 def find_tokenizer(name: str) -> Tokenizer:
@@ -118,7 +117,7 @@ def check_settings(tokenizer: Tokenizer, settings: dict) -> None:
 
 def pipeline_of(vocab: dict, merges: Path, settings: dict) -> dict:
     """What tokenizer.json would hold in the place of GPT-2's vocab.json and merges.txt."""
-    require(SETTINGS, settings, tokenizer_class=GPT2_CLASSES, add_prefix_space=(None, False))
+    require(SETTINGS, settings, tokenizer_class=GPT2_CLASSES)
     lines = merges.read_text(encoding="utf-8").splitlines()
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     named = settings["added_tokens_decoder"].items()
@@ -165,9 +164,10 @@ def end_of(settings: dict) -> str:
 
 def characters_of(content: dict) -> CharTokenizer:
     """The tokenizer of a pipeline for characters. Raises ValueError for any other of words."""
-    vocab = content["model"]["vocab"]
+    model = content["model"]
+    vocab = model["vocab"]
     check_characters("".join(vocab))
-    tokenizer, model = CharTokenizer("".join(vocab)), content["model"]
+    tokenizer = CharTokenizer("".join(vocab))
     more = content["normalizer"] or content["added_tokens"] or model["unk_token"] in vocab
     cut = steps_of(content["pre_tokenizer"])
     if vocab != tokenizer.ids or more or cut != [split_by(ANY_CHARACTER)]:
@@ -219,7 +219,7 @@ def checked_pattern(pattern: str) -> str:
     there all of them together.
     """
     compiled(pattern)
-    before, after = or_any_character("\0").split("\0")
+    before, after = with_fallback("\0").split("\0")
     if pattern.startswith(before) and pattern.endswith(after):
         return pattern.removeprefix(before).removesuffix(after)
     if any(not regex.fullmatch(pattern, chr(i)) for i in range(0x3000)):
@@ -294,7 +294,7 @@ def bpe_pipeline(tokenizer: BPETokenizer) -> dict:
     if tokenizer.pattern == GPT2_SPLIT:
         steps = [byte_level()]
     else:
-        steps = [split_by(or_any_character(tokenizer.pattern)), byte_level(use_regex=False)]
+        steps = [split_by(with_fallback(tokenizer.pattern)), byte_level(use_regex=False)]
     return pipeline(
         model,
         steps=steps,
@@ -327,11 +327,6 @@ def pipeline(
         "decoder": decoder,
         "model": model,
     }
-
-
-def or_any_character(pattern: str) -> str:
-    """The pattern, and any single character where it does not match."""
-    return f"(?:{pattern})|{ANY_CHARACTER}"
 
 
 def split_by(pattern: str) -> dict:
