@@ -175,9 +175,9 @@ def entries(family: Family, config: ModelConfig, theirs: dict) -> Iterator[Entry
     """All tensors that a file of such a model holds. theirs: its config.json."""
     shapes = shapes_of(config)
     having = {"bias", *(key for key in family.biases if theirs.get(key))}
-    for row in filter(None, family.weights.splitlines()):
-        ours, own, *remarks = row.split() or (None, None)
-        if not ours or (own == "lm_head" and config.tie_embeddings):
+    rows = filter(None, map(str.split, family.weights.splitlines()))
+    for ours, own, *remarks in rows:
+        if own == "lm_head" and config.tie_embeddings:
             continue
         base, dot, last = ours.rpartition(".")
         modules = [base + dot + part for part in last.split("+")]

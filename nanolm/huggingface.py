@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +288,7 @@ class ExportConfig:
         require_choice("command", self.command, ("export",))
 
 
-WORDS = ("command", "out_dir", "folder")
+WORDS = tuple(field.name for field in fields(ExportConfig))
 
 
 def main(arguments: list[str]) -> None:
