@@ -5,9 +5,9 @@ Writes data/NAME. Known names (pydocs, shakespeare_char, shakespeare) bring thei
 
 from dataclasses import dataclass
 
-from nanolm.config import load_config, run_script
-from nanolm.data import TOKENIZER_BYTES, check_dataset, open_dataset, prepare
-from nanolm.workers import n_cores
+from nanolm.system.config import load_config, run_script
+from nanolm.system.workers import n_cores
+from nanolm.text.data import TOKENIZER_BYTES, check_dataset, open_dataset, prepare
 
 
 @dataclass(frozen=True, kw_only=True)

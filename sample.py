@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from nanolm.config import load_config, run_script
-from nanolm.corpus import read_text
-from nanolm.engine import Engine, Hardware, choose_device, choose_engine, find_hardware
-from nanolm.folder import newest_run
-from nanolm.huggingface import load_model
+from nanolm.hub.models import load_model
 from nanolm.model import require_at_least
+from nanolm.precision import Engine, Hardware, choose_device, choose_engine, find_hardware
+from nanolm.runs.folder import newest_run
 from nanolm.sampling import check_knobs, generate, until
-from nanolm.tokenizer import stream_text
+from nanolm.system.config import load_config, run_script
+from nanolm.text.corpus import read_text
+from nanolm.text.tokenizer import stream_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
-from nanolm.config import load_config, run_script, split_arguments
-from nanolm.folder import RUNS
-from nanolm.settings import TrainConfig
-from nanolm.start import start_run
+from nanolm.runs.folder import RUNS
+from nanolm.runs.settings import TrainConfig
+from nanolm.runs.start import start_run
+from nanolm.system.config import load_config, run_script, split_arguments
 
 DEFAULT = Path(__file__).parent / "config" / "pydocs.py"
 

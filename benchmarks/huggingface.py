@@ -18,11 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.compare import at_least_1, new_file, run_benchmark, write
-from nanolm.families import FAMILIES, OURS, config_json
-from nanolm.huggingface import export_model, load_model
+from nanolm.hub.families import FAMILIES, OURS, config_json
+from nanolm.hub.models import export_model, load_model
+from nanolm.hub.tokenizers import write_tokenizer
 from nanolm.model import GPT, ModelConfig
-from nanolm.tokenizer import CharTokenizer
-from nanolm.tokenizer_json import write_tokenizer
+from nanolm.text.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer(map(chr, range(97)))
 B, T = 2, 64

@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.compare import arguments, clock_for, contest, run_benchmark, write
-from nanolm.engine import choose_device, find_hardware
 from nanolm.loss import cross_entropy, projected_cross_entropy
+from nanolm.precision import choose_device, find_hardware
 
 WAYS = {
     "in chunks": projected_cross_entropy,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nanolm.data import Dataset
+from nanolm.text.data import Dataset
 
 # The CPU run of its README, and the baby GPT's on one GPU.
 CPU_RUN = (

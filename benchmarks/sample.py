@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.compare import arguments, at_least_1, clock_for, contest, run_benchmark, write
 from benchmarks.nanogpt import model_module
-from nanolm.engine import choose_device, find_hardware
 from nanolm.model import GPT, ModelConfig
+from nanolm.precision import choose_device, find_hardware
 from nanolm.sampling import generate
 
 SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}

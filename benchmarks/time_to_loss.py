@@ -28,9 +28,9 @@ import torch
 from benchmarks.compare import arguments, at_least_1, run_benchmark, write
 from benchmarks.nanogpt import CPU_RUN, GPU_RUN, copy_with_data, model_module, trained_model
 from nanolm.batches import evaluation_batches
-from nanolm.data import Dataset, open_dataset
-from nanolm.engine import Engine
 from nanolm.evaluation import evaluate
+from nanolm.precision import Engine
+from nanolm.text.data import Dataset, open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATION = re.compile(r"step +\d+ \|.* val loss ([\d.]+)")

@@ -28,10 +28,10 @@ from benchmarks.compare import (
     write,
 )
 from benchmarks.nanogpt import model_module
-from nanolm.engine import Engine, choose_engine, find_hardware
 from nanolm.model import GPT
-from nanolm.settings import TrainConfig
-from nanolm.start import build_state
+from nanolm.precision import Engine, choose_engine, find_hardware
+from nanolm.runs.settings import TrainConfig
+from nanolm.runs.start import build_state
 from nanolm.training import deal, flops_per_token, update
 
 SHAPES = {

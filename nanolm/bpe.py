@@ -29,7 +29,7 @@ from itertools import pairwise
 
 import regex
 
-from nanolm.workers import progress
+from nanolm.system.workers import progress
 
 # GPT-2's pattern: 's, 't, 're ... | words | numbers | other signs | blanks, of which the last one
 # is left to the word after it | blanks.

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanolm.engine import Engine
-from nanolm.signals import SIGNALS, STOP, Stopped, answered_by
+from nanolm.precision import Engine
+from nanolm.system.signals import SIGNALS, STOP, Stopped, answered_by
 
 # What carries tensors on a CPU, on a GPU. Objects and sums for the log always go from CPU to CPU.
 BACKENDS = {"nccl": "cpu:gloo,cuda:nccl", "gloo": "gloo"}

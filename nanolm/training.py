@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanolm import metrics
 from nanolm.batches import NO_TARGET
-from nanolm.engine import Engine
 from nanolm.model import GPT, count_parameters
 from nanolm.parallel import ALONE, Shared, World
-from nanolm.signals import SIGNALS, STOP, Noted, Stopped
+from nanolm.precision import Engine
+from nanolm.runs import metrics
+from nanolm.system.signals import SIGNALS, STOP, Noted, Stopped
 
 Batch = tuple[np.ndarray, np.ndarray]  # ids and targets, (B, T) each
 MAX_SKIPPED = 3  # non-finite updates in a row before a run gives up

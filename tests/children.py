@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from conftest import ROOT
 
-from nanolm import metrics
-from nanolm.config import run_script
-from nanolm.settings import TrainConfig
+from nanolm.runs import metrics
+from nanolm.runs.settings import TrainConfig
+from nanolm.system.config import run_script
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch", "torch._dynamo", "nanolm.start", "hypothesis", "pytest"])
+FORK.set_forkserver_preload(
+    ["torch", "torch._dynamo", "nanolm.runs.start", "hypothesis", "pytest"]
+)
 
 
 def start(

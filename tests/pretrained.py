@@ -13,12 +13,12 @@ from strategies import random_tokens, scramble
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nanolm.families import FAMILIES
-from nanolm.huggingface import CONFIG, WEIGHTS
+from nanolm.hub.families import FAMILIES
+from nanolm.hub.models import CONFIG, WEIGHTS
+from nanolm.hub.tokenizers import write_tokenizer
 from nanolm.model import GPT
 from nanolm.sampling import generate
-from nanolm.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
-from nanolm.tokenizer_json import write_tokenizer
+from nanolm.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
 transformers.logging.disable_progress_bar()
 

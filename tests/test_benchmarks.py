@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from benchmarks import compare, memory, sample, time_to_loss, tokenizer, train
-from nanolm.corpus import Corpus, documents
-from nanolm.data import prepare
+from nanolm.text.corpus import Corpus, documents
+from nanolm.text.data import prepare
 
 # Stands for a checkout of nanoGPT: what the benchmarks call, over a model of one embedding.
 MODEL = """

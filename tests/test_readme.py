@@ -9,11 +9,11 @@ import pytest
 from conftest import TINY
 from torch.distributed.run import get_args_parser
 
-from nanolm.config import load_config
-from nanolm.huggingface import WORDS, ExportConfig, export_model
+from nanolm.hub.models import WORDS, ExportConfig, export_model
 from nanolm.model import GPT, ModelConfig
-from nanolm.settings import TrainConfig
-from nanolm.tokenizer import BPETokenizer
+from nanolm.runs.settings import TrainConfig
+from nanolm.system.config import load_config
+from nanolm.text.tokenizer import BPETokenizer
 from prepare import PrepareConfig
 from sample import SampleConfig
 
@@ -41,7 +41,7 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words) <= set(targets)
-    elif words[:2] == ["-m", "nanolm.huggingface"]:
+    elif words[:2] == ["-m", "nanolm.hub.models"]:
         load_config(ExportConfig, words[2:], positional=WORDS)
     elif words[:1] == ["-m"]:
         importlib.import_module(words[1]).parser().parse_args(words[2:])

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.engine import Engine
 from nanolm.model import GPT, ModelConfig
 from nanolm.optim import adamw, parameter_groups
 from nanolm.parallel import World
+from nanolm.precision import Engine
 from nanolm.training import (
     Prefetch,
     TrainState,

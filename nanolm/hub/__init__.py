@@ -1,0 +1,4 @@
+"""Hugging Face's formats, in and out: names, families of models, weights, tokenizers.
+
+What enters translates; nothing outside this room knows other people's names.
+"""

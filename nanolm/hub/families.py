@@ -1,0 +1,271 @@
+"""The families: how Hugging Face's transformers spell the models that ModelConfig can express.
+
+Each is a table of what they call our keys in config.json, and our weights in their files; what
+nanolm has no key for has to be as it is here. The functions go both ways.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+
+from nanolm.hub.names import require
+from nanolm.model import GPT, ModelConfig
+from nanolm.system.config import coerce
+
+LARGEST = 2**24  # of any number of channels, tokens, layers
+OURS = "nanolm"  # the key of config.json under which an export keeps its ModelConfig
+END_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How an architecture of transformers spells a model."""
+
+    architecture: str  # its class
+    shape: dict[str, Any]  # what the ModelConfig of each of its models has
+    keys: dict[str, str]  # keys of ModelConfig -> its own
+    defaults: dict[str, Any]  # what its keys mean where they are missing; others must be there
+    required: dict[str, Any]  # further keys of its own, and the one value that we have, too
+    biases: tuple[str, ...]  # keys of its own that give some modules a bias
+    dropout: tuple[str, ...]  # keys of its own for our dropout
+    prefix: str  # of the names of all weights but lm_head's; some files leave it out
+    weights: str  # a table of modules, as below
+    splits_evenly: bool = True  # n_head has to divide n_embd
+
+
+# A row for each module: our name (N is the number of the layer; q+k+v are stacked into one), its
+# own, and remarks: whether it has a bias (always, or by which key), whether its weight is
+# transposed. A row of a module that a model does not have is passed over.
+
+GPT2 = Family(
+    architecture="GPT2LMHeadModel",
+    shape={"norm": "layer", "position": "learned", "mlp": "gelu", "qk_norm": False},
+    keys={
+        "vocab_size": "vocab_size",
+        "block_size": "n_positions",
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_embd": "n_embd",
+        "n_hidden": "n_inner",
+        "norm_eps": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    required={
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
+    biases=(),
+    dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    prefix="transformer.",
+    weights="""
+        tokens                 wte
+        positions              wpe
+        blocks.N.attn_norm     h.N.ln_1           bias
+        blocks.N.attn.q+k+v    h.N.attn.c_attn    bias  transposed
+        blocks.N.attn.out      h.N.attn.c_proj    bias  transposed
+        blocks.N.mlp_norm      h.N.ln_2           bias
+        blocks.N.mlp.up        h.N.mlp.c_fc       bias  transposed
+        blocks.N.mlp.down      h.N.mlp.c_proj     bias  transposed
+        norm                   ln_f               bias
+        head                   lm_head
+    """,
+)
+
+LLAMA = Family(
+    architecture="LlamaForCausalLM",
+    shape={"norm": "rms", "position": "rotary", "mlp": "swiglu", "qk_norm": False},
+    keys={
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "head_size": "head_dim",
+        "n_embd": "hidden_size",
+        "n_hidden": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+        "rope_theta": "rope_theta",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    defaults={
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
+    required={"hidden_act": "silu"},
+    biases=("attention_bias", "mlp_bias"),
+    dropout=("attention_dropout",),
+    prefix="model.",
+    weights="""
+        tokens                 embed_tokens
+        blocks.N.attn_norm     layers.N.input_layernorm
+        blocks.N.attn.q        layers.N.self_attn.q_proj     attention_bias
+        blocks.N.attn.k        layers.N.self_attn.k_proj     attention_bias
+        blocks.N.attn.v        layers.N.self_attn.v_proj     attention_bias
+        blocks.N.attn.out      layers.N.self_attn.o_proj     attention_bias
+        blocks.N.attn.q_norm   layers.N.self_attn.q_norm
+        blocks.N.attn.k_norm   layers.N.self_attn.k_norm
+        blocks.N.mlp_norm      layers.N.post_attention_layernorm
+        blocks.N.mlp.gate      layers.N.mlp.gate_proj        mlp_bias
+        blocks.N.mlp.up        layers.N.mlp.up_proj          mlp_bias
+        blocks.N.mlp.down      layers.N.mlp.down_proj        mlp_bias
+        norm                   norm
+        head                   lm_head
+    """,
+)
+
+# Llama without a gate, and with another activation.
+ARCEE = replace(
+    LLAMA,
+    architecture="ArceeForCausalLM",
+    shape={**LLAMA.shape, "mlp": "relu2"},
+    defaults={**LLAMA.defaults, "rms_norm_eps": 1e-5},
+    required={"hidden_act": "relu2"},
+)
+
+# Llama with normalized queries and keys, and without biases in the MLP.
+QWEN3 = replace(
+    LLAMA,
+    architecture="Qwen3ForCausalLM",
+    shape={**LLAMA.shape, "qk_norm": True},
+    defaults={**LLAMA.defaults, "head_dim": 128, "num_key_value_heads": 32},
+    required={"hidden_act": "silu", "use_sliding_window": False},
+    biases=("attention_bias",),
+    splits_evenly=False,
+)
+
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "arcee": ARCEE, "qwen3": QWEN3}
+
+# What config.json of any family may say, and not otherwise.
+PLAIN = {
+    "is_causal": True,
+    "partial_rotary_factor": 1.0,
+    "layer_types": ["full_attention"],
+    "quantization_config": None,
+}
+
+
+# ------------------------------------------------------------------------------------------
+# Names of weights
+
+
+class Entry(NamedTuple):
+    """A tensor of a family's file, and the tensors of ours that are stacked in it, by rows."""
+
+    name: str  # in the file, without the family's prefix
+    ours: dict[str, torch.Size]  # their names and shapes
+    transposed: bool
+
+
+def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shapes of the weights, and of all biases, of such a model."""
+    with torch.device("meta"):  # without their memory
+        model = GPT(replace(config, bias=True))
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def entries(family: Family, config: ModelConfig, theirs: dict) -> Iterator[Entry]:
+    """All tensors that a file of such a model holds. theirs: its config.json."""
+    shapes = shapes_of(config)
+    having = {"bias", *(key for key in family.biases if theirs.get(key))}
+    rows = filter(None, map(str.split, family.weights.splitlines()))
+    for ours, own, *remarks in rows:
+        if own == "lm_head" and config.tie_embeddings:
+            continue
+        base, dot, last = ours.rpartition(".")
+        modules = [base + dot + part for part in last.split("+")]
+        kinds = ("weight", "bias") if having.intersection(remarks) else ("weight",)
+        for i in range(config.n_layer if ".N." in ours else 1):
+            for kind in kinds:
+                names = [f"{module}.{kind}".replace(".N.", f".{i}.") for module in modules]
+                if names[0] in shapes:
+                    yield Entry(
+                        f"{own}.{kind}".replace(".N.", f".{i}."),
+                        {name: shapes[name] for name in names},
+                        kind == "weight" and "transposed" in remarks,
+                    )
+
+
+# ------------------------------------------------------------------------------------------
+# Keys of config.json
+
+
+def read_config(theirs: dict) -> tuple[Family, ModelConfig]:
+    """The family and shape that a config.json tells of. Raises ValueError for what is foreign."""
+    require("model", theirs, model_type=tuple(FAMILIES))
+    theirs, family = flat(theirs), FAMILIES[theirs["model_type"]]
+    required = {**PLAIN, **family.required}
+    require("model", {**required, **theirs}, **{key: (v,) for key, v in required.items()})
+    hints, values = get_type_hints(ModelConfig), {}
+    for key, own in family.keys.items():
+        value = theirs.get(own, family.defaults.get(own))
+        if value is None and own not in family.defaults:
+            raise ValueError(f"it has no {own}")
+        values[key] = value if value is None else coerce(own, value, hints[key])
+        if isinstance(values[key], int) and values[key] > LARGEST:
+            raise ValueError(f"{own}={value}: nanolm reads sizes up to {LARGEST}")
+    kept = theirs.get(OURS, {})
+    kept = {key: coerce(key, kept[key], hints[key]) for key in hints if key in kept}
+    kept |= {"n_kv_head": None, "head_size": None}  # GPT-2 has no such keys, and no choice
+    return family, ModelConfig(**{"bias": True, **kept, **values, **family.shape})
+
+
+def flat(theirs: dict) -> dict:
+    """config.json, with what older and newer files say of positions and layers at its top."""
+    found = dict(theirs)
+    for part in ("rope_parameters", "rope_scaling"):
+        rope = theirs.get(part) or {}
+        require(part, {"rope_type": rope.get("type", "default"), **rope}, rope_type=("default",))
+        found |= rope
+    if found.get("layer_types"):
+        found["layer_types"] = sorted(set(found["layer_types"]))
+    return found
+
+
+def family_of(config: ModelConfig) -> str:
+    """The family that a model is of. Raises ValueError where there is none."""
+    differing = {name: differences(config, family) for name, family in FAMILIES.items()}
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    if not differing[nearest]:
+        return nearest
+    key, value = next(iter(differing[nearest].items()))
+    raise ValueError(
+        f"{key}={getattr(config, key)!r}: Hugging Face has no such model; {nearest}, which comes "
+        f"nearest, has {value!r}"
+    )
+
+
+def differences(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The keys that a model would have to have otherwise to be of the family, and how."""
+    needed, size = dict(family.shape), config.n_embd // config.n_head
+    if family.splits_evenly:
+        needed["n_embd"] = size * config.n_head
+    if "head_size" not in family.keys:
+        needed |= {"head_size": size, "n_kv_head": config.n_head}
+    return {key: value for key, value in needed.items() if getattr(config, key) != value}
+
+
+def config_json(family: Family, config: ModelConfig, end_of_text: int | None) -> dict:
+    """The content of config.json, all but model_type."""
+    theirs = {own: getattr(config, key) for key, own in family.keys.items()}
+    if "rope_theta" in theirs:  # once for older versions, and once for newer ones
+        theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if "n_positions" in theirs:
+        theirs["n_ctx"] = config.block_size  # its older name, which llama.cpp reads
+    return {
+        "architectures": [family.architecture],
+        "dtype": "float32",
+        **theirs,
+        **family.required,
+        **dict.fromkeys(family.dropout, config.dropout),
+        **dict.fromkeys(family.biases, config.bias),
+        **dict.fromkeys(END_KEYS, end_of_text),
+        OURS: asdict(config),
+    }

@@ -1,0 +1,303 @@
+"""Models in and out of Hugging Face's formats.
+
+A pretrained model is a folder: config.json has its shape, model.safetensors its weights by name
+(or model.safetensors.index.json lists several such files), and tokenizer.json its tokenizer. The
+names are those of one of four families (see families.py).
+
+    python -m nanolm.hub.models export OUT_DIR FOLDER
+
+writes the model of a run as one of them, so that it works without any code of ours wherever they
+do. A bias that a family has and a model has not is written as zeros, and a bias of zeros that the
+family has not is left out; whatever else one side has and the other has not is refused by name.
+
+Only safetensors are read: a pickle, as in a .bin file, can run code.
+"""
+
+import json
+import re
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanolm.hub.families import (
+    END_KEYS,
+    FAMILIES,
+    Family,
+    config_json,
+    entries,
+    family_of,
+    read_config,
+    shapes_of,
+)
+from nanolm.hub.names import find_folder, read_json
+from nanolm.hub.tokenizers import FILES, read_tokenizer, write_tokenizer
+from nanolm.model import GPT, ModelConfig, require_choice
+from nanolm.runs.folder import PRETRAINED, holds_a_run, load_trained
+from nanolm.system.config import load_config, run_script
+from nanolm.system.files import SCRATCH, whole_folder, write_text
+from nanolm.text.tokenizer import Tokenizer
+
+CONFIG, WEIGHTS, INDEX = PRETRAINED, "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+# Buffers that some older files hold, and no weights.
+BUFFERS = re.compile(r"\bh\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+
+
+# ------------------------------------------------------------------------------------------
+# In
+
+
+def load_model(name: str | Path) -> tuple[GPT, Tokenizer, str]:
+    """A trained model, its tokenizer, and where they come from, in words.
+
+    name: the folder of a run or of a pretrained model, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
+    OWNER/NAME on the Hugging Face hub. Raises ValueError or FileNotFoundError where there is none,
+    or none that nanolm can express.
+    """
+    patterns = (CONFIG, WEIGHTS, INDEX, "model-*.safetensors", *FILES)
+    folder = find_folder(str(name), patterns)
+    if holds_a_run(folder):
+        model, tokenizer, step = load_trained(folder)
+        return model, tokenizer, f"{name}, step {step}"
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"{name} holds no model: neither a run's checkpoints (train one with train.py) nor "
+            f"the {CONFIG} of a pretrained one"
+        )
+    model, tokenizer = load_pretrained(folder)
+    return model, tokenizer, str(name)
+
+
+def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
+    """The model in a folder of Hugging Face's format, in float32, and its tokenizer.
+
+    Tokens that the tokenizer does not have, with which some models are padded, are left out.
+    Raises ValueError where something is missing, damaged, or not within ModelConfig.
+    """
+    tokenizer = read_tokenizer(folder)
+    config, weights = read_model(folder)
+    n = tokenizer.vocab_size
+    if config.vocab_size < n:
+        raise ValueError(
+            f"{folder}: its tokenizer has {n} tokens, and its model only {config.vocab_size}"
+        )
+    if config.vocab_size > n:
+        left = f"{config.vocab_size - n} of {config.vocab_size}"
+        print(f"{folder}: left out {left} rows, which no token has", file=sys.stderr)
+    for name in ("tokens.weight", "head.weight"):
+        weights[name] = weights[name][:n]
+    model = GPT(replace(config, vocab_size=n))
+    model.load_state_dict(weights)
+    return model.eval(), tokenizer
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The shape and the weights, by our names, that a folder holds."""
+    path = folder / CONFIG
+    try:
+        theirs = read_json(path)
+        family, config = read_config(theirs)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is missing or damaged"
+        raise ValueError(f"cannot use {path}: {reason}") from None
+    with ExitStack() as stack:
+        try:
+            return read_weights(open_weights(folder, stack), family, config, theirs)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot use the weights in {folder}: {error}") from None
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold the weights."""
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return [WEIGHTS]
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{INDEX} has no weight_map")
+    files = set(map(str, places.values()))
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{INDEX} points to {file!r}: only files beside it are read")
+    return sorted(files)
+
+
+def open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """The open safetensors file that has each tensor of the folder."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError("they need the package safetensors: pip install safetensors") from None
+    found = {}
+    for file in weight_files(folder):
+        if not (folder / file).exists():
+            others = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
+            pickles = f", but {others}: a pickle can run code, and is not read" if others else ""
+            raise ValueError(f"there is no {file!r}{pickles}")
+        try:
+            opened = stack.enter_context(safe_open(folder / file, "pt"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged ({error})") from None
+        found.update(dict.fromkeys(opened.keys(), opened))
+    return found
+
+
+def read_weights(
+    files: dict[str, Any], family: Family, config: ModelConfig, theirs: dict
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The weights by our names, and the config, which now says whether there are biases.
+
+    files: the open file of each tensor. theirs: config.json.
+    """
+    if config.n_layer > len(files):
+        raise ValueError(f"{len(files)} tensors cannot be {config.n_layer} layers")
+    names = {name.removeprefix(family.prefix): name for name in files}
+    if len(names) < len(files):
+        raise ValueError(f"some stand there twice, with {family.prefix} and without")
+    weights = {}
+    for name, ours, transposed in entries(family, config, theirs):
+        if name not in names:
+            raise ValueError(f"there is no {name}")
+        lengths = [shape[0] for shape in ours.values()]
+        shape = [sum(lengths), *next(iter(ours.values()))[1:]]
+        full = names.pop(name)
+        tensor = read_tensor(files[full], full, shape[::-1] if transposed else shape)
+        rows = (tensor.T if transposed else tensor).split(lengths)
+        weights.update(zip(ours, rows, strict=True))
+    if config.tie_embeddings:
+        weights["head.weight"] = weights["tokens.weight"]
+        if full := names.pop("lm_head.weight", None):  # some files hold it twice
+            head = read_tensor(files[full], full, list(weights["head.weight"].shape))
+            if not torch.equal(head, weights["head.weight"]):
+                raise ValueError(f"{full} is not the embedding, to which {CONFIG} ties it")
+    if left := [full for full in names.values() if not BUFFERS.search(full)]:
+        raise ValueError(f"there is a {left[0]}, and {family.architecture} has none")
+    return settle_biases(config, weights)
+
+
+def settle_biases(
+    config: ModelConfig, weights: dict[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """All biases where the file has any, with zeros for those that the family lacks; or none.
+
+    A model that was exported without biases gets none back, unless someone has trained them since.
+    """
+    shapes = shapes_of(config)
+    biases = [name for name in shapes if name.endswith(".bias")]
+    given = [weights[name] for name in biases if name in weights]
+    wanted = bool(given) and (config.bias or any(bool(bias.any()) for bias in given))
+    for name in biases:
+        if wanted:
+            weights.setdefault(name, torch.zeros(shapes[name]))
+        else:
+            weights.pop(name, None)
+    return replace(config, bias=wanted), weights
+
+
+def read_tensor(file: Any, name: str, shape: list[int]) -> Tensor:
+    """A tensor of an open file, in float32. Raises ValueError where it is not as it should be."""
+    header = file.get_slice(name)
+    if header.get_shape() != shape:
+        raise ValueError(f"{name} has the shape {header.get_shape()} and not {shape}")
+    if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(
+            f"{name} is {header.get_dtype()}: nanolm reads floats of 16 bits and more"
+        )
+    tensor = file.get_tensor(name).float()
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------
+# Out
+
+
+def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
+    """Write a model and its tokenizer in Hugging Face's format; returns the architecture.
+
+    Raises ValueError, with nothing written, for a model that no family can be, and for a folder
+    that is not empty.
+    """
+    folder = Path(folder)
+    try:
+        there = [path for path in folder.iterdir() if path.name != SCRATCH]
+    except FileNotFoundError:
+        there = []
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}; choose a new folder") from None
+    if there:
+        raise ValueError(f"{folder} is there already, and not empty: choose a new folder")
+    name = family_of(model.config)
+    family = FAMILIES[name]
+    config = {"model_type": name, **config_json(family, model.config, tokenizer.end_of_text)}
+    tensors = their_weights(family, model, config)
+    ends = {key: config[key] for key in END_KEYS}
+    with whole_folder(folder, seal=CONFIG) as scratch:
+        write_weights(tensors, scratch / WEIGHTS)
+        write_tokenizer(tokenizer, scratch, block_size=model.config.block_size)
+        write_text(scratch / GENERATION, json.dumps(ends, indent=2) + "\n")
+        write_text(scratch / CONFIG, json.dumps(config, indent=2) + "\n")
+        (scratch / WEIGHTS).chmod((scratch / CONFIG).stat().st_mode)  # it was made private
+    return family.architecture
+
+
+def their_weights(family: Family, model: GPT, theirs: dict) -> dict[str, Tensor]:
+    """The tensors of model.safetensors. Raises ValueError for what the family has no place for."""
+    left, tensors = model.state_dict(), {}
+    for name, ours, transposed in entries(family, model.config, theirs):
+        stacked = torch.cat([left.pop(part, torch.zeros(shape)) for part, shape in ours.items()])
+        full = name if name.startswith("lm_head") else family.prefix + name
+        tensors[full] = (stacked.T if transposed else stacked).contiguous()
+    if model.config.tie_embeddings:
+        del left["head.weight"]
+    if lost := [name for name, tensor in left.items() if tensor.any()]:
+        raise ValueError(f"{lost[0]} is not 0: {family.architecture} has no place for it")
+    return tensors
+
+
+def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file of safetensors. Raises ValueError where that fails, as on a full disk."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("export needs the package safetensors: pip install safetensors") from None
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        raise ValueError(
+            f"cannot write {path.name} ({error}); it needs {needed:,} bytes"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The words of the command."""
+
+    command: str  # export
+    out_dir: str  # the folder of a run, or any other model that init_from could name
+    folder: str  # where to write it
+
+    def __post_init__(self):
+        require_choice("command", self.command, ("export",))
+
+
+WORDS = tuple(field.name for field in fields(ExportConfig))
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the command says."""
+    config = load_config(ExportConfig, arguments, positional=WORDS)
+    model, tokenizer, origin = load_model(config.out_dir)
+    architecture = export_model(model, tokenizer, config.folder)
+    print(f"{origin}: written to {config.folder} as {architecture}")
+
+
+if __name__ == "__main__":
+    run_script(main, "python -m nanolm.hub.models export OUT_DIR FOLDER", ExportConfig)

@@ -1,0 +1,325 @@
+"""A dataset on disk: token ids, and what they mean.
+
+A dataset is a folder: train.bin and val.bin hold token ids one after another, little-endian and
+unsigned, in the narrowest type that holds the vocabulary; nanolm_tokenizer.json says what they
+mean; meta.json counts and fingerprints them, and is the folder's seal: without it there is no
+dataset.
+
+Text streams through in batches, which several processes encode, so that its size does not matter.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nanolm.hub.names import is_hub_name
+from nanolm.hub.tokenizers import find_tokenizer
+from nanolm.system.files import sha256, whole_folder, write_text
+from nanolm.system.workers import bundles, in_order
+from nanolm.text.corpus import Corpus, Part, find_corpus
+from nanolm.text.known import KNOWN_DATASETS
+from nanolm.text.tokenizer import (
+    TOKENIZER_FILE,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+
+FORMAT = 2  # of meta.json
+SEAL = "meta.json"
+SPLITS = ("train", "val")
+DATA_DIR = Path("data")
+TOKENIZER_BYTES = 200_000_000  # of text, at most, to learn merges from
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An open dataset: memory-mapped ids, their tokenizer, and what meta.json says."""
+
+    folder: Path
+    train: np.ndarray
+    val: np.ndarray
+    tokenizer: Tokenizer
+    meta: dict
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that stand behind a token of the validation split, on average."""
+        return self.meta["val"]["bytes"] / self.meta["val"]["tokens"]
+
+
+# ------------------------------------------------------------------------------------------
+# Preparing
+
+
+def prepare(
+    name: str,
+    *,
+    inputs: tuple[str, ...] = (),
+    tokenizer: str | None = None,
+    tokenizer_bytes: int = TOKENIZER_BYTES,
+    val_fraction: float = 0.1,
+    processes: int = 1,
+) -> Path:
+    """Make the dataset data/<name> from the inputs (see find_corpus), or a known one from its own.
+
+    tokenizer: see make_tokenizer. Returns the folder. Raises ValueError or FileNotFoundError, and
+    leaves what was there, on bad input.
+    """
+    folder = dataset_folder(name)
+    known = KNOWN_DATASETS.get(name)
+    if known and inputs:
+        raise ValueError(
+            f"{name!r} is a known dataset with a text of its own: give yours another name"
+        )
+    if not known and not inputs:
+        raise ValueError(
+            f"unknown dataset {name!r}: give its text with --input PATH, or choose one of "
+            f"{', '.join(KNOWN_DATASETS)}"
+        )
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+    for key, value in (("tokenizer_bytes", tokenizer_bytes), ("processes", processes)):
+        if value < 1:
+            raise ValueError(f"{key}={value}: must be at least 1")
+    default = known.tokenizer if known else CharTokenizer.name
+    spec = default if tokenizer is None else tokenizer
+    check_spec(spec)
+    if (
+        known
+        and spec != known.tokenizer
+        and not (known.tokenizer == "gpt2" and Path(spec).exists())
+    ):
+        raise ValueError(
+            f"tokenizer={spec!r}: {name} goes with {known.tokenizer}; leave the key out"
+        )
+    corpus = known.corpus(folder) if known else find_corpus(inputs)
+    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes, processes=processes)
+    if known and made.name != known.tokenizer:
+        raise ValueError(f"{name} goes with {known.tokenizer}, and this would be {made.name}")
+    write_dataset(folder, corpus, made, val_fraction=val_fraction, processes=processes)
+    return folder
+
+
+def dataset_folder(name: str) -> Path:
+    """data/<name>. Raises ValueError where the name could be a path."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"dataset name {name!r}: use letters, digits, '_', '-' and '.'; it names a folder in "
+            f"{DATA_DIR}/, and the text to read is given with --input PATH"
+        )
+    return DATA_DIR / name
+
+
+def check_spec(spec: str) -> None:
+    """Raise ValueError where make_tokenizer knows no such tokenizer."""
+    if spec in ("char", "gpt2") or re.fullmatch(r"bpe:\d{1,9}", spec):
+        return
+    if spec and (Path(spec).is_file() or Path(spec).is_dir() or is_hub_name(spec)):
+        return
+    raise ValueError(
+        f"tokenizer={spec!r}: choose char, bpe:N (with N tokens, say bpe:4096), gpt2, the path "
+        "of a tokenizer that exists, or OWNER/NAME of a model on the Hugging Face hub"
+    )
+
+
+def make_tokenizer(
+    spec: str, corpus: Corpus, *, tokenizer_bytes: int = TOKENIZER_BYTES, processes: int = 1
+) -> Tokenizer:
+    """The tokenizer that spec asks for.
+
+    "char": the characters of the corpus. "bpe:N": N tokens, learned from the first tokenizer_bytes
+    of it. "gpt2": GPT-2's. Otherwise the path of one, or of a dataset, a run or a
+    pretrained model that has one, or OWNER/NAME of a model on the Hugging Face hub.
+    """
+    if spec == "gpt2":
+        return BPETokenizer.gpt2()
+    if spec == "char":
+        return CharTokenizer.train(corpus.texts("characters"))
+    if spec.startswith("bpe:"):
+        texts = corpus.texts("pieces", limit=tokenizer_bytes)
+        return BPETokenizer.train(texts, int(spec.removeprefix("bpe:")), processes=processes)
+    return find_tokenizer(spec)
+
+
+def write_dataset(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, *, val_fraction: float, processes: int = 1
+) -> None:
+    """Encode a corpus into a dataset folder, whole or not at all.
+
+    Each document is followed by the tokenizer's end_of_text, where it has one. The validation
+    split is the last val_fraction of the tokens. Raises ValueError for a text so short that a
+    split would have no token to predict.
+    """
+    dtype = narrowest_dtype(tokenizer.vocab_size)
+    meta = {
+        "format": FORMAT,
+        "source": corpus.source,
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.str,
+    }
+    with whole_folder(folder, seal=SEAL) as scratch:
+        train, val = (scratch / f"{split}.bin" for split in SPLITS)
+        sizes = bytes_per_id(tokenizer)
+        encode = partial(encode_parts, tokenizer=tokenizer, sizes=sizes, dtype=dtype)
+        n = encode_corpus(corpus, encode, train, processes=processes)
+        cut = int(n * (1 - val_fraction))
+        if cut < 2 or n - cut < 2:
+            raise ValueError(
+                f"{'text too short' if n else 'empty text'} in {corpus.source}: {cut} tokens to "
+                f"train on, {n - cut} to validate; each split needs 2, so give more --input"
+            )
+        move_tail(train, val, cut * dtype.itemsize)
+        for split, path, length in (("train", train, cut), ("val", val, n - cut)):
+            size = sum(int(sizes[ids].sum()) for ids in read_ids(path, dtype))
+            meta[split] = {"tokens": length, "bytes": size, "sha256": sha256(path)}
+        tokenizer.save(scratch / TOKENIZER_FILE)
+        meta["tokenizer_sha256"] = sha256(scratch / TOKENIZER_FILE)
+        write_text(scratch / SEAL, json.dumps(meta, indent=2) + "\n")
+
+
+def encode_corpus(
+    corpus: Corpus, encode: Callable[[list[Part]], np.ndarray], path: Path, *, processes: int
+) -> int:
+    """Write the ids of all documents into one file; returns how many."""
+    work = bundles(corpus.read("encoding"), size=lambda part: len(part.text))
+    n = 0
+    with open(path, "wb") as file:
+        for ids in in_order(encode, work, processes=processes):
+            file.write(ids.tobytes())
+            n += len(ids)
+    return n
+
+
+def encode_parts(
+    parts: Iterable[Part], *, tokenizer: Tokenizer, sizes: np.ndarray, dtype: np.dtype
+) -> np.ndarray:
+    """The ids of consecutive parts, and end_of_text after each document.
+
+    sizes: bytes per id. Raises ValueError where the ids hold more or less than the text, as with a
+    pattern that no check has seen through.
+    """
+    ids = []
+    for text, last in parts:
+        ids += tokenizer.encode(text)
+        if last and tokenizer.end_of_text is not None:
+            ids.append(tokenizer.end_of_text)
+    ids = np.array(ids, dtype)
+    if sizes[ids].sum() != sum(len(tokenizer.normalize(text).encode()) for text, _ in parts):
+        raise ValueError(f"the tokenizer {tokenizer.name} does not keep the text: use another")
+    return ids
+
+
+def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of text stand behind each id; none behind a special token."""
+    sizes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
+    sizes[list(tokenizer.special_tokens.values())] = 0
+    return sizes
+
+
+def read_ids(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The ids of a file, a million at a time."""
+    with open(path, "rb") as file:
+        while len(ids := np.fromfile(file, dtype, 10**6)):
+            yield ids
+
+
+def move_tail(source: Path, target: Path, start: int) -> None:
+    """Move the bytes from start on into a new file."""
+    with open(source, "r+b") as file, open(target, "wb") as tail:
+        file.seek(start)
+        shutil.copyfileobj(file, tail)
+        file.truncate(start)
+
+
+def narrowest_dtype(vocab_size: int) -> np.dtype:
+    """The smallest little-endian unsigned type that holds ids 0 .. vocab_size - 1."""
+    return np.min_scalar_type(max(0, vocab_size - 1)).newbyteorder("<")
+
+
+# ------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_dataset(name: str) -> Dataset:
+    """Open data/<name>; a known dataset that is not there yet is prepared first.
+
+    Raises FileNotFoundError where there is none, ValueError where its files do not fit together.
+    """
+    folder = dataset_folder(name)
+    if not (folder / SEAL).exists():
+        if name not in KNOWN_DATASETS:
+            raise FileNotFoundError(
+                f"no dataset in {folder}: make it with python prepare.py {name} --input PATH"
+            )
+        prepare(name)
+    again = f"prepare it again: {prepare_command(name)}"
+    meta = read_meta(folder, again)
+    known = KNOWN_DATASETS.get(name)
+    if known and meta["tokenizer"] != known.tokenizer:
+        raise ValueError(
+            f"{folder} was made with the tokenizer {meta['tokenizer']!r}, and {name} goes with "
+            f"{known.tokenizer!r}: {again}"
+        )
+    dtype = np.dtype(meta["dtype"])
+    for split in SPLITS:
+        path, size = folder / f"{split}.bin", meta[split]["tokens"] * dtype.itemsize
+        actual = path.stat().st_size if path.exists() else "no"
+        if actual != size:
+            raise ValueError(f"{path} holds {actual} bytes and {SEAL} says {size}: {again}")
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    if tokenizer.vocab_size != meta["vocab_size"]:
+        raise ValueError(
+            f"{folder / TOKENIZER_FILE} has {tokenizer.vocab_size} tokens and {SEAL} says "
+            f"{meta['vocab_size']}: {again}"
+        )
+    train, val = (np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in SPLITS)
+    return Dataset(folder, train, val, tokenizer, meta)
+
+
+def read_meta(folder: Path, way_out: str) -> dict:
+    """meta.json, its fields checked. Raises ValueError, ending in way_out."""
+    path = folder / SEAL
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        counts = [meta[split][key] for split in SPLITS for key in ("tokens", "bytes")]
+        right = meta["format"] == FORMAT and all(isinstance(n, int) and n > 0 for n in counts)
+        right = right and np.dtype(meta["dtype"]) == narrowest_dtype(meta["vocab_size"])
+        texts = [meta[key] for key in ("source", "tokenizer", "tokenizer_sha256")]
+        texts += [meta[split]["sha256"] for split in SPLITS]
+        right = right and all(isinstance(text, str) for text in texts)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        right = False
+    if not right:
+        raise ValueError(f"{path} is damaged or of another version of nanolm; {way_out}")
+    return meta
+
+
+def prepare_command(name: str) -> str:
+    return f"python prepare.py {name}" + ("" if name in KNOWN_DATASETS else " --input PATH")
+
+
+def check_dataset(name: str) -> dict:
+    """Open data/<name> and compare its files with their fingerprints; returns meta.json."""
+    if not (dataset_folder(name) / SEAL).exists():
+        raise FileNotFoundError(
+            f"no dataset in {dataset_folder(name)}: {prepare_command(name)} makes it"
+        )
+    dataset = open_dataset(name)
+    wanted = {f"{split}.bin": dataset.meta[split]["sha256"] for split in SPLITS}
+    for file, fingerprint in {**wanted, TOKENIZER_FILE: dataset.meta["tokenizer_sha256"]}.items():
+        path = dataset.folder / file
+        if sha256(path) != fingerprint:
+            raise ValueError(
+                f"{path} has changed since it was prepared (its sha256 differs from {SEAL}): "
+                f"prepare it again: {prepare_command(name)}"
+            )
+    return dataset.meta

@@ -1,0 +1,204 @@
+"""Laws of the families: the same model on both sides, with transformers itself as the oracle."""
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from conftest import ROOT, TEXT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pretrained import (
+    CHARACTERS,
+    SMALL,
+    TOKENIZERS,
+    T,
+    assert_close,
+    assert_equal,
+    assert_same_model,
+    change_config,
+    change_weights,
+    every_family,
+    read_theirs,
+    save_theirs,
+    their_config,
+)
+from strategies import head_counts, model_configs, random_tokens, scramble, seeds
+from transformers import AutoTokenizer
+
+from nanolm.hub.families import FAMILIES, config_json
+from nanolm.hub.models import WEIGHTS, export_model, load_pretrained
+from nanolm.model import GPT, ModelConfig
+from nanolm.runs.settings import TrainConfig
+from nanolm.system.config import load_config
+from nanolm.text.tokenizer import Tokenizer
+
+
+def counts(**few: int) -> pytest.MarkDecorator:
+    """How many examples of each family a law is shown, with a hundred in the long run."""
+    many = [pytest.param(family, 100, marks=pytest.mark.long) for family in few]
+    return pytest.mark.parametrize(("family", "count"), [*few.items(), *many])
+
+
+# ------------------------------------------------------------------------------------------
+# In
+
+
+@st.composite
+def their_configs(draw, family: str):
+    """A small one of any shape."""
+    n_head, n_kv_head = draw(head_counts)
+    choices = {
+        "block_size": [T, 37],
+        "n_layer": [1, 2, 3],
+        "n_kv_head": [n_head, n_kv_head],
+        "n_embd": [n_head * 12, n_head * 20],  # norms of fewer channels magnify rounding
+        "n_hidden": [17, 23],
+        "head_size": [4, 6],
+        "norm_eps": [1e-5, 0.1],  # 0.1: a forgotten one is seen
+        "rope_theta": [10.0, 100.0],
+        "tie_embeddings": [False, True],
+    }
+    ours = {key: draw(st.sampled_from(values)) for key, values in choices.items()}
+    biases = {key: draw(st.booleans()) for key in ("attention_bias", "mlp_bias")}
+    return their_config(family, SMALL | ours | {"n_head": n_head}, **biases)
+
+
+@counts(gpt2=12, llama=6, arcee=6, qwen3=6)
+def test_a_model_of_transformers_is_the_same_model_here(family, count, tmp_path):
+    @settings(max_examples=count)
+    @given(their_configs(family), seeds)
+    def law(config, seed):
+        model, tokenizer = load_pretrained(save_theirs(tmp_path, config, seed=seed))
+        assert tokenizer == CHARACTERS
+        assert_same_model(model, read_theirs(tmp_path))
+
+    law()
+
+
+@every_family
+def test_the_older_names_of_weights_mean_the_same(family, tmp_path):
+    """The hub's GPT-2 has no prefix, and holds masks that are no weights; others hold angles."""
+    loaded = load_pretrained(save_theirs(tmp_path, their_config(family)))
+
+    def respell(tensors: dict) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix(FAMILIES[family].prefix)] = tensors.pop(name)
+        if family == "gpt2":
+            tensors["h.0.attn.bias"] = torch.ones(1, 1, T, T).tril().bool()
+            tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+        else:
+            tensors["layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+
+    assert_equal(load_pretrained(change_weights(tmp_path, respell)), loaded)
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling`:FutureWarning")  # transformers' own
+@every_family
+def test_missing_keys_and_older_ones_mean_what_they_mean_to_transformers(family, tmp_path):
+    """Qwen3's files may even leave out how many heads have keys, and then there are 32."""
+    missing = {"rope_parameters", "layer_types", *FAMILIES[family].defaults}
+    missing |= FAMILIES[family].required.keys()
+    heads = 64 if family == "qwen3" else 2
+    spelled = {key: own for key, own in FAMILIES[family].keys.items() if own not in missing}
+    ours = {key: value for key, value in SMALL.items() if key in spelled} | {"n_head": heads}
+    save_theirs(tmp_path, their_config(family, ours))
+    change_config(tmp_path, without=missing)
+    assert_same_model(load_pretrained(tmp_path)[0], read_theirs(tmp_path))
+    change_config(tmp_path, rope_theta=10.0, rope_scaling=None)
+    assert_same_model(load_pretrained(tmp_path)[0], read_theirs(tmp_path))
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", torch.float16), ("llama", torch.bfloat16)])
+def test_weights_of_16_bits_and_in_several_files_are_read_in_float32(family, dtype, tmp_path):
+    save_theirs(tmp_path, their_config(family), dtype=dtype, max_shard_size="1KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 5
+    assert not (tmp_path / WEIGHTS).exists()
+    model, _ = load_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert_same_model(model, read_theirs(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_that_only_pad_a_model_are_left_out(tied, tmp_path):
+    config = their_config("qwen3", SMALL | {"vocab_size": 64, "tie_embeddings": tied})
+    model, tokenizer = load_pretrained(save_theirs(tmp_path, config))
+    assert model.config.vocab_size == tokenizer.vocab_size == CHARACTERS.vocab_size
+    ids = random_tokens(model.config, 5)
+    with torch.no_grad():
+        assert_close(model(ids)[0], read_theirs(tmp_path)(ids).logits[..., : tokenizer.vocab_size])
+
+
+# ------------------------------------------------------------------------------------------
+# Out
+
+
+@st.composite
+def expressible(draw, family: str):
+    """A ModelConfig that the family has."""
+    dropout = draw(st.sampled_from([0.0, 0.1]))
+    config = draw(model_configs(**FAMILIES[family].shape, dropout=dropout))
+    width = 23 if family == "qwen3" else 12 * config.n_head  # few channels magnify rounding
+    split = {"head_size": None, "n_kv_head": None} if family == "gpt2" else {}
+    return replace(config, n_embd=width, **split)
+
+
+def assert_survives_export(model: GPT, tokenizer: Tokenizer, place: Path) -> None:
+    """transformers computes the same, and nothing changes on the way back, from its files too."""
+    export_model(model, tokenizer, place / "ours")
+    theirs, text = read_theirs(place / "ours"), AutoTokenizer.from_pretrained(place / "ours")
+    ids = random_tokens(model.config, 5)
+    with torch.no_grad():
+        assert_close(model(ids)[0], theirs(ids).logits)
+    assert text(TEXT[:T])["input_ids"] == tokenizer.encode(TEXT[:T])
+    ends = (text.eos_token_id, theirs.config.eos_token_id, theirs.generation_config.eos_token_id)
+    assert ends == (tokenizer.end_of_text,) * 3
+    assert_equal(load_pretrained(place / "ours"), (model, tokenizer))
+    theirs.save_pretrained(place / "theirs")
+    text.save_pretrained(place / "theirs")
+    assert_equal(load_pretrained(place / "theirs"), (model, tokenizer))
+
+
+@counts(gpt2=5, llama=5, arcee=5, qwen3=5)
+def test_an_exported_model_is_the_same_in_transformers_and_back_again(family, count):
+    @settings(max_examples=count)
+    @given(expressible(family), st.sampled_from(sorted(TOKENIZERS)), seeds)
+    def law(config, tokenizer, seed):
+        tokenizer = TOKENIZERS[tokenizer]
+        model = GPT(replace(config, vocab_size=tokenizer.vocab_size)).eval()
+        scramble(model, seed, scale=0.1)
+        for name, parameter in model.named_parameters():
+            if family == "qwen3" and re.search(r"\.mlp\..*\.bias", name):  # it has none
+                torch.nn.init.zeros_(parameter)
+        with TemporaryDirectory() as place:
+            assert_survives_export(model, tokenizer, Path(place))
+
+    law()
+
+
+def test_other_programs_find_the_keys_that_they_read():
+    """Older and newer ones; llama.cpp wants GPT-2's context under its oldest name."""
+    gpt2 = config_json(FAMILIES["gpt2"], ModelConfig(block_size=T), 5)
+    assert gpt2["n_ctx"] == gpt2["n_positions"] == T
+    keys = FAMILIES["llama"].shape | {"rope_theta": 100.0}
+    llama = config_json(FAMILIES["llama"], ModelConfig(**keys), 5)
+    assert llama["rope_theta"] == llama["rope_parameters"]["rope_theta"] == 100
+    assert llama["rope_parameters"]["rope_type"] == "default"
+    assert gpt2["eos_token_id"] == llama["bos_token_id"] == 5
+
+
+TRAINING = [path for path in sorted(ROOT.glob("config/*.py")) if "eval_" not in path.name]
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+def test_what_every_config_trains_can_be_exported(path, tmp_path, caplog, monkeypatch):
+    """And transformers has nothing to remark. No weight is trained yet: biases of 0 are kept."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer, config = TOKENIZERS["bpe"], load_config(TrainConfig, [str(path)])
+    tiny = {"vocab_size": tokenizer.vocab_size, "n_kv_head": 2, "head_size": 6}
+    config = replace(config, **SMALL | tiny).model_config()
+    assert_survives_export(GPT(config).eval(), tokenizer, tmp_path)
+    assert not caplog.records

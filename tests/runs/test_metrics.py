@@ -1,0 +1,144 @@
+"""Laws of the log."""
+
+import json
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanolm.model import GPT, ModelConfig, count_parameters
+from nanolm.runs.metrics import (
+    Metrics,
+    draw_losses,
+    duration,
+    flops_per_token,
+    peak_flops,
+    read_metrics,
+    wandb_log,
+)
+
+SHAPE = {"max_iters": 20, "eval_interval": 5, "log_interval": 2}
+
+
+def log(path, start=0, **keys) -> Metrics:
+    keys = {**SHAPE, "tokens_per_update": 100, "flops_per_token": 10.0, **keys}
+    return Metrics(path, start, evaluated=start, **keys)
+
+
+def write_run(metrics, first, last):
+    """What a loop reports."""
+    for step in range(first, last):
+        metrics.update(step, loss=4.0 - step / 10, lr=0.1, grad_norm=1.0, seconds=0.5)
+        if (step + 1) % 5 == 0:
+            metrics.evaluation(step + 1, seconds=1.0, train_loss=3.0, val_loss=3.5)
+
+
+def test_each_step_comes_once_per_kind(tmp_path):
+    metrics = log(tmp_path / "m")
+    metrics.evaluation(0, seconds=1.0, train_loss=4.0, val_loss=4.0)
+    write_run(metrics, 0, 20)
+    rows = read_metrics(tmp_path / "m")
+    assert [row["step"] for row in rows if "loss" in row] == [*range(0, 20, 2), 19]
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 5, 10, 15, 20]
+
+
+def test_a_resumed_log_forgets_what_came_after_its_checkpoint(tmp_path):
+    write_run(log(tmp_path / "whole"), 0, 20)
+    write_run(log(tmp_path / "cut"), 0, 17)
+    with open(tmp_path / "cut", "a") as file:
+        file.write('{"step": 17, "lo')  # killed while writing
+    write_run(log(tmp_path / "cut", start=10), 10, 20)
+    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+
+
+def test_speed_time_left_and_utilization_leave_evaluations_apart(tmp_path, capsys):
+    metrics = log(tmp_path / "m", peak=40_000.0)
+    write_run(metrics, 0, 9)
+    row = [row for row in read_metrics(tmp_path / "m") if "loss" in row][-1]
+    assert row["tokens_per_second"] == pytest.approx(200)  # 100 tokens in half a second
+    assert row["mfu"] == pytest.approx(200 * 10 / 40_000)
+    lines = capsys.readouterr().out.splitlines()
+    assert "left" not in lines[0]  # the first update may have compiled
+    # after update 8 there are 11 updates of 0.5 s and 3 evaluations of 1 s to come
+    assert lines[-1].endswith("| mfu 5.0% | 8s left")
+
+
+def test_without_a_known_peak_there_is_no_utilization(tmp_path, capsys):
+    write_run(log(tmp_path / "m"), 0, 3)
+    assert "mfu" not in capsys.readouterr().out
+    assert not any("mfu" in row for row in read_metrics(tmp_path / "m"))
+
+
+def test_every_row_is_passed_on(tmp_path):
+    rows = []
+    write_run(log(tmp_path / "m", also=(rows.append,)), 0, 20)
+    assert rows == read_metrics(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12)]
+    + [("NVIDIA L40S", 362e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA A10G", 125e12)]
+    + [("NVIDIA H200", 989e12), ("Tesla V100-SXM2-16GB", 125e12), ("Some GPU", None)],
+)
+def test_peaks_are_found_by_the_name_of_the_gpu(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_the_cost_of_a_token_is_counted_from_the_matrix_products():
+    """2 operations per weight forward, 4 backward; 2 products of T x hs per head, thrice."""
+    config = ModelConfig(vocab_size=11, block_size=7, n_layer=3, n_head=5, n_embd=10)
+    n = count_parameters(GPT(config))
+    cost = flops_per_token(n, n_layer=3, n_head=5, head_size=2, block_size=7)
+    assert cost == 6 * n + 3 * 5 * (2 + 4) * 2 * (7 * 2)
+
+
+@given(st.floats(0, 10**6))
+def test_a_duration_is_said_to_the_last_unit_that_matters(seconds):
+    text = duration(seconds)
+    parts = dict(zip("hms", [0, 0, 0], strict=True))
+    number = ""
+    for character in text:
+        if character.isdigit():
+            number += character
+        else:
+            parts[character], number = int(number), ""
+    said = parts["h"] * 3600 + parts["m"] * 60 + parts["s"]
+    assert abs(said - seconds) <= (60 if parts["h"] else 0.5)
+    assert parts["m"] < 60
+    assert parts["s"] < 60
+
+
+def test_the_picture_is_drawn_also_of_a_run_that_has_just_begun(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_run(log(tmp_path / "m"), 0, 10)
+    assert draw_losses(tmp_path / "m", tmp_path / "loss.png", title="a run")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "m").write_text(json.dumps({"step": 0, "train_loss": 1, "val_loss": 1}))
+    assert draw_losses(tmp_path / "m", tmp_path / "loss.png", title="a run")
+
+
+def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not draw_losses(tmp_path / "m", tmp_path / "loss.png", title="a run")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_rows_are_sent_to_weights_and_biases_under_the_name_of_the_run(monkeypatch):
+    """A stand-in for the package notes what it is given."""
+    sent = []
+
+    class Wandb:
+        def init(self, **keys):
+            sent.append(keys)
+            return self
+
+        def log(self, row, step):
+            sent.append((row, step))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    config = {"wandb_run_name": None, "n_layer": 1}
+    wandb_log("nanolm", "pydocs", config)({"step": 3, "loss": 1.0})
+    assert sent[0] == {"project": "nanolm", "name": "pydocs", "config": config}
+    assert sent[1] == ({"step": 3, "loss": 1.0}, 3)

@@ -1,0 +1,59 @@
+"""Laws of `sample.py` with documents: a text ends where its document does."""
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from conftest import TINY
+
+import sample
+from nanolm import sampling
+from nanolm.precision import Hardware
+
+STORY = "Hi."
+
+
+@pytest.fixture
+def storyteller(workplace, run_main, monkeypatch) -> None:
+    """The current folder, with a run that has learned one very short story."""
+    # drawing takes longer
+    monkeypatch.setattr("nanolm.runs.metrics.draw_losses", lambda *_, **__: False)
+    Path("a.jsonl").write_text(f'{{"text": "{STORY}"}}\n' * 200)
+    run_main("prepare", "stories", "--input=a.jsonl", "--tokenizer=bpe:257")
+    keys = ("--max_iters=100", "--learning_rate=0.05", "--eval_interval=100", "--batch_size=8")
+    code, _, err = run_main("train", *TINY, "--dataset=stories", "--out_dir=out/x", *keys)
+    assert (code, err) == (0, "")
+
+
+def test_a_sample_ends_with_its_document_and_a_prompt_may_begin_one(
+    storyteller, run_main, monkeypatch
+):
+    """The token that stands between documents is never written; as a prompt it is understood."""
+    generate = Mock(wraps=sampling.generate)
+    monkeypatch.setattr(sampling, "generate", generate)
+    for start, rest in [("<|endoftext|>", STORY), (STORY[:1], STORY[1:]), (STORY, "")]:
+        out = run_main("sample", f"--start={start}", "--temperature=0", "--num_samples=2")[1]
+        assert out == f"{start}{rest}\n---------------\n" * 2
+    assert generate.call_args_list[0].args[1].tolist() == [[256]] * 2  # and not its letters
+
+
+@pytest.mark.parametrize(
+    ("hardware", "tokens", "compiled"),
+    [
+        (Hardware(compiler=True), 10**9, False),
+        (Hardware(cuda=True, compiler=True, triton=True), 500, False),
+        (Hardware(cuda=True, compiler=True, triton=True), 10**5, True),
+        (Hardware(cuda=True, compiler=True), 10**5, False),
+    ],
+)
+def test_sampling_compiles_on_a_gpu_that_has_much_to_write(hardware, tokens, compiled):
+    config = sample.SampleConfig(max_new_tokens=tokens)
+    assert sample.sampling_engine(config, hardware).compile == compiled
+
+
+@pytest.mark.long
+def test_a_compiled_model_writes_the_same_texts(storyteller, run_main):
+    flags = ("--start=<|endoftext|>", "--temperature=0", "--num_samples=3", "--batch_size=2")
+    eager = run_main("sample", *flags)
+    assert run_main("sample", *flags, "--compile=true") == eager
+    assert eager[0] == 0

@@ -1,0 +1,322 @@
+"""Laws of the corpora: order and bytes are kept, however large a document is and wherever from."""
+
+import io
+import json
+import sys
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanolm.bpe import GPT2_SPLIT
+from nanolm.text import corpus
+from nanolm.text.corpus import Corpus, Part, documents, find_corpus
+from nanolm.text.tokenizer import BPETokenizer
+
+
+def joined(parts: Iterable[Part]) -> list[str]:
+    """The documents, their parts put together."""
+    texts = [""]
+    for text, last in parts:
+        texts[-1] += text
+        if last:
+            texts.append("")
+    *texts, rest = texts
+    assert rest == ""  # each document has ended
+    return texts
+
+
+def read(*inputs: str) -> list[str]:
+    return joined(find_corpus(inputs).parts())
+
+
+def read_by_blocks(path: str, block: int) -> list[Part]:
+    """The parts of a file that is read so many bytes at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "BLOCK", block)
+        return list(find_corpus([path]).parts())
+
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(texts=st.lists(any_text), limit=st.integers(0, 50))
+def test_a_limit_leaves_the_first_bytes_as_far_as_they_are_whole_characters(texts, limit):
+    found, data = Corpus("a test", lambda: documents(texts)), "".join(texts).encode()
+    assert "".join(found.texts("", limit=limit)) == data[:limit].decode(errors="ignore")
+    assert list(found.read("")) == list(found.parts())
+
+
+# ------------------------------------------------------------------------------------------
+# Files and folders
+
+
+def test_files_are_read_in_the_order_given(workplace):
+    for name in "abc":
+        Path(name).write_text(f"text {name}")
+    assert read("c", "a", "b", "a") == ["text c", "text a", "text b", "text a"]
+    assert find_corpus(["c", "a"]).source == "c, a"
+
+
+def test_a_folder_stands_for_its_text_files_sorted(workplace):
+    names = ["f/b.txt", "f/a.md", "f/c/a.RST", "f/c/d/x.y.txt", "f/Z.txt"]
+    left_out = ["f/a.py", "f/txt", "f/.hidden.txt", "f/.git/a.txt", "f/c/.d/e.txt"]
+    for name in names + left_out:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name)
+    Path("f/folder.txt").mkdir()
+    Path("f/m.JSONL").write_text('{"text": "f/m.JSONL"}')
+    in_order = ["f/Z.txt", "f/a.md", "f/b.txt", "f/c/a.RST", "f/c/d/x.y.txt", "f/m.JSONL"]
+    assert read("f") == in_order
+    assert read("f/a.py", "f/c") == ["f/a.py", "f/c/a.RST", "f/c/d/x.y.txt"]
+    assert read("f/.git") == ["f/.git/a.txt"]  # asked for by name
+
+
+def test_a_corpus_can_be_read_again_and_knows_its_size(workplace):
+    Path("a.txt").write_text("caf\u00e9", encoding="utf-8")
+    Path("b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    found = find_corpus(["a.txt", "b.jsonl"])
+    assert joined(found.parts()) == joined(found.parts()) == ["caf\u00e9", "one", "two"]
+    assert found.size == Path("a.txt").stat().st_size + Path("b.jsonl").stat().st_size
+
+
+def test_an_empty_file_is_no_document(workplace):
+    for name in ("a.txt", "b.jsonl"):
+        Path(name).touch()
+    Path("c.jsonl").write_text('{"text": ""}\n')
+    assert read("a.txt", "b.jsonl", "c.jsonl") == []
+
+
+def test_line_ends_and_marks_are_kept(workplace):
+    data = b"\xef\xbb\xbfa\r\nb\rc\n\n\xe2\x82\xac\x00"
+    Path("a.txt").write_bytes(data)
+    assert read("a.txt") == [data.decode("utf-8")]
+    assert read("a.txt")[0].count("\r") == 2
+
+
+def test_a_path_that_is_not_there_is_named_at_once(workplace):
+    Path("a.txt").write_text("a")
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such file or folder"):
+        find_corpus(["a.txt", "nowhere"])
+
+
+def test_a_folder_without_text_is_named_at_once(workplace):
+    Path("f").mkdir()
+    Path("f/.a.txt").touch()
+    Path("f/a.pdf").touch()
+    with pytest.raises(ValueError, match=r"f: no \.txt, \.md, \.rst, \.jsonl file in this folder"):
+        find_corpus(["f"])
+
+
+# ------------------------------------------------------------------------------------------
+# Documents in parts
+
+
+def ends_a_word(left: str, right: str) -> bool:
+    """Whether a cut between the two is one between a word and white space."""
+    return left[-1:].isalnum() and right[:1].isspace()
+
+
+scraps = "ab1.' \n\u00e9\u20ac\u3000\U0001f600"
+
+
+@given(text=st.text(scraps) | st.text(scraps, min_size=60), block=st.integers(1, 9))
+def test_a_document_in_parts_is_the_document_cut_where_words_end(text, block, tmp_path):
+    """In a part that was cut elsewhere, no word ends before white space."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    parts = read_by_blocks(str(path), block)
+    assert "".join(part.text for part in parts) == text
+    assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True] * bool(text)
+    assert all(len(part.text) <= 3 * block for part in parts)
+    for part, following in pairwise(parts):
+        if not ends_a_word(part.text, following.text):
+            assert not any(ends_a_word(*pair) for pair in pairwise(part.text))
+
+
+GPT4_SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+WORDS = ["the", "wolves", "it's", "We'LL", "1234567", "caf\u00e9", "\u72fc\u7fa4", "snake_case"]
+BLANKS = [" ", "  ", "\n", "\r\n", "\n\n\t", "\u3000"]
+SIGNS = ["", "(", ".", "'", "--", "\U0001f600"]
+prose = st.lists(st.tuples(*map(st.sampled_from, (WORDS, BLANKS, SIGNS))), min_size=1, max_size=30)
+TOKENIZERS = [
+    BPETokenizer.train([" ".join(WORDS + SIGNS) + "".join(BLANKS)] * 2, 350, pattern=pattern)
+    for pattern in (GPT2_SPLIT, GPT4_SPLIT)
+]
+
+
+@given(prose, st.integers(16, 40), st.sampled_from(TOKENIZERS))
+def test_the_parts_of_prose_encode_to_what_the_whole_does(tmp_path, prose, block, tokenizer):
+    text = "".join("".join(words) for words in prose)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    parts = read_by_blocks(str(path), block)
+    assert all(len(part.text) > block - 16 for part in parts[:-1])  # no word is that long
+    assert [i for part in parts for i in tokenizer.encode(part.text)] == tokenizer.encode(text)
+
+
+@given(
+    before=st.text("a\u00e9\u20ac\U0001f600", max_size=9),
+    bad=st.sampled_from([b"\xff", b"\xe9", b"\xe2\x82", b"\xf0\x9f\x98"]),
+    after=st.sampled_from([b"", b"a", b"\xc3\xa9"]),
+    block=st.integers(1, 5),
+)
+def test_the_byte_that_is_no_utf8_is_named_wherever_blocks_begin(
+    before, bad, after, block, workplace
+):
+    """Also where a character is cut off by the end of the file."""
+    Path("bad.txt").write_bytes(before.encode() + bad + after)
+    place = rf"{len(before.encode())} \(0x{bad[0]:02x}\)"
+    with pytest.raises(ValueError, match=rf"^bad\.txt: not UTF-8 at byte {place}; convert"):
+        read_by_blocks("bad.txt", block)
+
+
+# ------------------------------------------------------------------------------------------
+# Lines of JSON
+
+
+@given(
+    texts=st.lists(any_text),
+    ascii_only=st.booleans(),
+    between=st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\n"]),
+    end=st.sampled_from(["", "\n"]),
+)
+def test_each_line_of_json_is_a_document(texts, ascii_only, between, end, workplace):
+    """Other keys do not matter, nor do blank lines."""
+    lines = [json.dumps({"n": 1, "text": text}, ensure_ascii=ascii_only) for text in texts]
+    Path("a.jsonl").write_bytes((between.join(lines) + end).encode())
+    assert read("a.jsonl") == [text for text in texts if text]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"text",
+        b'{"text": "a"',
+        b'{"text": "a"} {"text": "b"}',
+        b'"text"',
+        b'["text"]',
+        b"NaN",
+        b'{"Text": "a"}',
+        b'{"text": 3}',
+        b'{"text": null}',
+        b'{"text": NaN}',
+        b'{"text": ["a"]}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "\xe9"}',
+        b"[" * 100_000,
+    ],
+    ids=lambda line: line[:30].decode("latin-1"),
+)
+def test_a_line_that_holds_no_text_is_named(line, workplace):
+    Path("a.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r'a\.jsonl, line 3: each line .* "text" holds a string'):
+        read("a.jsonl")
+
+
+# ------------------------------------------------------------------------------------------
+# Standard input
+
+
+@pytest.fixture
+def type_in(monkeypatch, tmp_path):
+    """type_in(bytes): what standard input holds. Its copy is closed (else, by the system)."""
+    with open(tmp_path / "copy", "w+b") as copy:
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda: copy)
+        yield lambda data: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_standard_input_is_one_document_that_can_be_read_again(workplace, type_in):
+    type_in(b"caf\xc3\xa9\r\n")
+    Path("a.txt").write_text("a")
+    found = find_corpus(["a.txt", "-", "a.txt"])
+    assert joined(found.parts()) == joined(found.parts()) == ["a", "caf\u00e9\r\n", "a"]
+    assert (found.source, found.size) == ("a.txt, standard input, a.txt", 9)
+
+
+def test_standard_input_that_is_no_utf8_is_named(type_in):
+    type_in(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"standard input: not UTF-8 at byte 3 \(0xe9\)"):
+        read("-")
+
+
+def test_standard_input_that_is_closed_is_named(type_in, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input"):
+        read("-")
+
+
+# ------------------------------------------------------------------------------------------
+# Datasets of the Hugging Face hub
+
+
+@pytest.fixture
+def hub(workplace, monkeypatch):
+    """No network, a cache that goes away, and some datasets in the folders of this place."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    for path, key, texts in [
+        ("stories/train.jsonl", "text", ["one", "", "two", "three"]),
+        ("stories/test.jsonl", "text", ["four"]),
+        ("poems/a.jsonl", "verse", ["five"]),
+        ("numbers/a.jsonl", "text", [6]),
+        ("nothing/a.jsonl", "text", []),
+        ("program/program.py", "text", []),
+    ]:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text("".join(json.dumps({key: text, "n": 1}) + "\n" for text in texts))
+    Path("stories/README.md").write_text(
+        "---\nconfigs:\n"
+        "- {config_name: all, default: true, data_files: "
+        "[{split: train, path: train.jsonl}, {split: test, path: test.jsonl}]}\n"
+        "- {config_name: short, data_files: test.jsonl}\n---\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("stories", ["one", "two", "three"]),
+        ("stories:short", ["four"]),
+        ("stories::test", ["four"]),
+        ("stories:all:test", ["four"]),
+    ],
+)
+def test_a_hub_dataset_is_its_texts_in_order_each_time(name, texts, hub):
+    found = find_corpus([f"hf:{name}"])
+    assert joined(found.parts()) == joined(found.parts()) == texts
+    assert (found.source, found.size) == ("hf:stories", None)
+    Path("a.txt").write_text("a")
+    mixed = find_corpus(["a.txt", f"hf:{name}"])
+    assert (joined(mixed.parts()), mixed.size) == (["a", *texts], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("poems", r"hf:poems: a row has no text under \"text\", but \['verse', 'n'\]"),
+        ("numbers", "hf:numbers: a row has no text"),
+        ("nothing", "hf:nothing: "),
+        ("program", "hf:program: .* scripts"),
+        ("stories::last", "hf:stories: .* last"),
+        ("stories:long", "hf:stories: .* 'long'"),
+        ("no/such/folder", "hf:no/such/folder: "),
+        ("", "hf:: name a dataset"),
+    ],
+)
+def test_what_a_hub_dataset_lacks_is_named(name, said, hub):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        read(f"hf:{name}")
+
+
+def test_without_the_package_its_installation_is_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hf:stories needs .* pip install datasets"):
+        find_corpus(["hf:stories"])

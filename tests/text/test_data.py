@@ -1,0 +1,328 @@
+"""Laws of datasets: the files hold the text, whole or not at all."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from conftest import ROOT, TEXT, TINY
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from nanolm.system import workers
+from nanolm.text import corpus, data
+from nanolm.text.corpus import Corpus, documents
+from nanolm.text.data import (
+    SPLITS,
+    Dataset,
+    check_dataset,
+    make_tokenizer,
+    narrowest_dtype,
+    open_dataset,
+    prepare,
+    write_dataset,
+)
+from nanolm.text.known import KnownDataset
+from nanolm.text.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
+
+BPE = BPETokenizer.train([TEXT], 300)
+END_FIRST = BPETokenizer({token: i + 1 for token, i in BPE.ranks.items()}, {END_OF_TEXT: 0})
+
+
+@given(st.integers(1, 2**31))
+def test_the_narrowest_type_holds_the_largest_id(vocab_size):
+    """Ids written as uint16 wrap silently: 70000 would become 4464."""
+    dtype = narrowest_dtype(vocab_size)
+    assert np.array([vocab_size - 1]).astype(dtype)[0] == vocab_size - 1
+    assert dtype.kind == "u"
+    if dtype.itemsize > 1:
+        assert dtype.str[0] == "<"
+        assert vocab_size - 1 >= 256 ** (dtype.itemsize // 2)
+
+
+def corpus_of(*texts: str) -> Corpus:
+    return Corpus("a test", lambda: documents(texts))
+
+
+def encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
+    """The ids that a dataset of these documents holds."""
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    return [i for text in texts if text for i in [*tokenizer.encode(text), *end]]
+
+
+def all_ids(dataset: Dataset) -> list[int]:
+    return [*dataset.train.tolist(), *dataset.val.tolist()]
+
+
+def content(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def texts_here(workplace) -> Path:
+    """The current folder, with a.txt and b.txt."""
+    Path("a.txt").write_text("to be or not to be")
+    Path("b.txt").write_text("that is the question")
+    return workplace
+
+
+# ------------------------------------------------------------------------------------------
+# The files
+
+
+@settings(max_examples=40)
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]))
+        | st.sampled_from([END_OF_TEXT, f"1 little{END_OF_TEXT} wolf"]),
+        min_size=1,
+        max_size=5,
+    ),
+    val_fraction=st.floats(0.05, 0.95),
+    tokenizer=st.sampled_from([None, BPE, END_FIRST]),
+)
+def test_a_dataset_is_the_encoded_documents_each_with_its_end(
+    tmp_path_factory, texts, val_fraction, tokenizer
+):
+    """Characters have no token for that end, and in a text its name is ordinary characters."""
+    n_ends = sum(map(bool, texts)) if tokenizer else 0
+    tokenizer = tokenizer or CharTokenizer.train(texts)
+    ids = encoded(tokenizer, texts)
+    cut = int(len(ids) * (1 - val_fraction))
+    assume(cut >= 2 and len(ids) - cut >= 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("data"))
+        write_dataset(Path("data/x"), corpus_of(*texts), tokenizer, val_fraction=val_fraction)
+        dataset = open_dataset("x")
+        assert check_dataset("x") == dataset.meta
+    assert (dataset.train.tolist(), dataset.val.tolist()) == (ids[:cut], ids[cut:])
+    assert ids.count(tokenizer.end_of_text) == n_ends
+    for split in SPLITS:
+        tokens = [i for i in getattr(dataset, split).tolist() if i != tokenizer.end_of_text]
+        assert dataset.meta[split]["tokens"] == len(getattr(dataset, split))
+        assert dataset.meta[split]["bytes"] == len(tokenizer.decode_bytes(tokens))
+    whole = sum(dataset.meta[split]["bytes"] for split in SPLITS)
+    assert whole == len("".join(texts).encode())
+    assert dataset.bytes_per_token == dataset.meta["val"]["bytes"] / len(dataset.val)
+
+
+def test_blocks_bundles_and_processes_do_not_change_a_dataset(workplace, monkeypatch):
+    Path("a.txt").write_text(TEXT)
+    Path("b.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 3)
+    pool, made = Mock(wraps=workers.ProcessPoolExecutor), []
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+    for small, processes in [(False, 1), (True, 1), (True, 2)]:
+        if small:
+            monkeypatch.setattr(corpus, "BLOCK", 99)
+            monkeypatch.setattr(workers, "BUNDLE", 199)
+        inputs = ("a.txt", "b.jsonl")
+        made.append(content(prepare("x", inputs=inputs, tokenizer="bpe:300", processes=processes)))
+    assert all_ids(open_dataset("x")) == encoded(BPE, [TEXT] * 4)
+    assert made[0] == made[1] == made[2]
+    assert [call.args[0] for call in pool.call_args_list] == [2, 2]  # to learn, and to encode
+
+
+def test_the_meta_file_tells_where_the_text_is_from(texts_here):
+    meta = json.loads((prepare("x", inputs=("a.txt", "b.txt")) / "meta.json").read_text())
+    assert (meta["source"], meta["tokenizer"]) == ("a.txt, b.txt", "char")
+    assert meta["vocab_size"] == len(set("to be or not to be that is the question"))
+
+
+def test_a_failed_preparation_leaves_the_old_dataset(texts_here):
+    """Nothing is lost, and nothing is half written."""
+    before = content(prepare("x", inputs=("a.txt",)))
+    Path("short.txt").write_text("ab")
+    with pytest.raises(ValueError, match="too short"):
+        prepare("x", inputs=("short.txt",))
+    assert content("data/x") == before
+
+
+# ------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+@given(st.lists(st.text("ab \u20ac", min_size=1), min_size=1), st.integers(0, 2))
+def test_a_tokenizer_learns_from_the_first_bytes_alone(texts, inside):
+    """Also where the limit falls inside a character."""
+    size = len("".join(texts).encode()) + inside
+    found = corpus_of(*texts[:-1], texts[-1] + "\u20ac and more", "and more")
+    learned = make_tokenizer("bpe:262", found, tokenizer_bytes=size)
+    assert learned == BPETokenizer.train(texts, 262)
+
+
+@pytest.mark.parametrize("path", ["data/first", "data/first/nanolm_tokenizer.json"])
+def test_a_dataset_can_take_over_the_tokenizer_of_another(path, texts_here):
+    prepare("first", inputs=("a.txt", "b.txt"), tokenizer="bpe:259", tokenizer_bytes=18)
+    prepare("second", inputs=("b.txt",), tokenizer=path)
+    dataset = open_dataset("second")
+    assert dataset.tokenizer == BPETokenizer.train(["to be or not to be"], 259)
+    assert dataset.meta["tokenizer"] == "bpe:259"
+    assert all_ids(dataset) == encoded(dataset.tokenizer, ["that is the question"])
+
+
+def test_a_run_can_continue_with_another_text_and_its_own_tokenizer(tiny_run, run_main):
+    Path("b.txt").write_text("7 foxes met 49 little wolves.\n" * 9)
+    run_main("prepare", "other", "--input=b.txt", f"--tokenizer={tiny_run}")
+    words = ("--dataset=other", f"--init_from={tiny_run}", "--out_dir=out/other")
+    assert run_main("train", *TINY, *words)[0::2] == (0, "")
+    kept, taken = (content(run)["nanolm_tokenizer.json"] for run in (tiny_run, "out/other"))
+    assert kept == taken
+
+
+@pytest.fixture
+def known_datasets(workplace, monkeypatch):
+    """Two known datasets: tiny, of characters, and words, of GPT-2's tokens."""
+    text = corpus_of("to be or not to be")
+    known = {"tiny": KnownDataset(lambda _: text, "char")}
+    known["words"] = KnownDataset(lambda _: text, "gpt2")
+    monkeypatch.setattr(data, "KNOWN_DATASETS", known)
+
+
+def test_a_known_dataset_is_prepared_on_first_use(known_datasets):
+    assert open_dataset("tiny").meta["source"] == "a test"
+    meta = Path("data/tiny/meta.json")
+    meta.write_text(meta.read_text().replace('"char"', '"other"'))
+    with pytest.raises(ValueError, match=r"'other'.* prepare it again: python prepare.py tiny"):
+        open_dataset("tiny")
+
+
+def test_a_tokenizer_that_loses_text_is_found_out(workplace):
+    """A pattern can leave characters out in ways that no look at it tells."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    losing = BPETokenizer(ranks, pattern=r"(?=\u4e2d)|(?s:.)")
+    with pytest.raises(ValueError, match="bpe:256 does not keep the text"):
+        write_dataset(Path("data/x"), corpus_of("abc\u4e2d" * 9), losing, val_fraction=0.5)
+    assert not Path("data").exists()
+
+
+def test_a_known_dataset_keeps_its_tokenizer(known_datasets):
+    BPE.save("bpe.json")
+    for name, other, said in [
+        ("tiny", "bpe:258", "tokenizer='bpe:258': tiny goes with char; leave the key out"),
+        ("tiny", "bpe.json", "tokenizer='bpe.json': tiny goes with char; leave the key out"),
+        ("words", "bpe.json", "words goes with gpt2, and this would be bpe:300"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            prepare(name, tokenizer=other)
+    assert not Path("data").exists()
+    assert content(prepare("tiny", tokenizer="char")) == content(prepare("tiny"))
+
+
+# ------------------------------------------------------------------------------------------
+# Interrupted
+
+
+def test_a_killed_preparation_leaves_no_dataset_that_could_be_taken_for_one(
+    texts_here, monkeypatch
+):
+    """Killed at any rename, the folder opens as the old text, as the new one, or not at all."""
+    replace, outcomes = os.replace, []
+    for survived in range(20):
+        prepare("x", inputs=("a.txt",))
+        calls = iter(range(1000))
+
+        def replace_until_killed(source, target, calls=calls, survived=survived):
+            if next(calls) >= survived:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", replace_until_killed)
+        try:
+            prepare("x", inputs=("b.txt",))
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+        monkeypatch.setattr(os, "replace", replace)
+        try:
+            check_dataset("x")
+            dataset = open_dataset("x")
+            outcomes.append(dataset.tokenizer.decode(all_ids(dataset))[:2])
+        except FileNotFoundError:
+            outcomes.append("--")
+        if finished:
+            break
+    assert set(outcomes) == {"to", "--", "th"}
+    assert outcomes == sorted(outcomes, key=["to", "--", "th"].index)
+
+
+def start_prepare(*words: str) -> subprocess.Popen:
+    """prepare.py on a long text, by itself and two workers, in a process group of their own."""
+    Path("long.txt").write_text(TEXT * (10**7 // len(TEXT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
+    command = [ROOT / "prepare.py", "x", "--input=long.txt", "--processes=2", *words]
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.7, 1.1])
+def test_a_real_kill_leaves_a_whole_dataset_or_none(seconds, texts_here):
+    """And the next preparation works."""
+    before = content(prepare("x", inputs=("a.txt",)))
+    process = start_prepare("--tokenizer=bpe:300")
+    time.sleep(seconds)
+    process.kill()
+    process.communicate(timeout=20)
+    if Path("data/x/meta.json").exists():
+        check_dataset("x")
+    assert content(prepare("x", inputs=("a.txt",))) == before
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+@pytest.mark.parametrize(("written", "seconds"), [(0, 0.05), (0, 0.15), (1, 0)])
+def test_a_stop_is_one_line_and_leaves_no_dataset_and_no_process(
+    written, seconds, stop, workplace
+):
+    """While the workers start, and while they work. The terminal sends Ctrl-C to all of them."""
+    BPE.save("bpe.json")
+    process, ids = start_prepare("--tokenizer=bpe.json"), Path("data/x/.partial/train.bin")
+    while not ids.exists() or ids.stat().st_size < written:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
+    out, err = process.communicate(timeout=20)  # until no process holds their other ends
+    said = (process.returncode, out, err.strip())
+    assert said == (128 + stop, "", f"stopped by {stop.name}")
+    assert not Path("data").exists()
+
+
+# ------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak there")
+def test_a_long_text_needs_no_more_memory_than_a_short_one(workplace):
+    """(resource.getrusage would count what the parent process held when it forked.)"""
+    BPE.save("bpe.json")
+    script = """
+from pathlib import Path
+from nanolm.text.data import prepare
+prepare("x", inputs=("long.txt",), tokenizer="bpe.json")
+print(Path("/proc/self/status").read_text())
+"""
+    peaks = []
+    for size in (10**6, 60 * 10**6):
+        Path("long.txt").write_text(TEXT * (size // len(TEXT)))
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", run.stdout)[1]) * 1024)
+    assert peaks[1] - peaks[0] < size / 2
