@@ -1,7 +1,7 @@
 # nanolm: `make train` and `make test` are all one needs; each sets up .venv by itself.
 PYTHON = .venv/bin/python
 
-.PHONY: train test test-long lint clean
+.PHONY: train test test-book test-long lint clean
 
 # Train the default model on Python's own documentation (continuing where it stopped), then sample.
 train: .venv/ready
@@ -11,6 +11,10 @@ train: .venv/ready
 # Prove every formula and every promise.
 test: .venv/ready
 	$(PYTHON) -m pytest
+
+# Those of the book alone: what a learner runs after a change.
+test-book: .venv/ready
+	$(PYTHON) -m pytest $(patsubst nanolm/%,tests/test_%,$(filter-out %__init__.py,$(wildcard nanolm/*.py)))
 
 # The same with the large counts, too.
 test-long: .venv/ready

@@ -5,9 +5,10 @@ Writes data/NAME. Known names (pydocs, shakespeare_char, shakespeare) bring thei
 
 from dataclasses import dataclass
 
+from nanolm.runs.prepare import TOKENIZER_BYTES, prepare
 from nanolm.system.config import load_config, run_script
 from nanolm.system.workers import n_cores
-from nanolm.text.data import TOKENIZER_BYTES, check_dataset, open_dataset, prepare
+from nanolm.text.data import check_dataset, open_dataset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from nanolm.hub.models import load_model
-from nanolm.model import require_at_least
+from nanolm.layers import require_at_least
 from nanolm.precision import Engine, Hardware, choose_device, choose_engine, find_hardware
 from nanolm.runs.folder import newest_run
+from nanolm.runs.load import load_model
 from nanolm.sampling import check_knobs, generate, until
 from nanolm.system.config import load_config, run_script
 from nanolm.text.corpus import read_text

@@ -19,9 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.compare import at_least_1, new_file, run_benchmark, write
 from nanolm.hub.families import FAMILIES, OURS, config_json
-from nanolm.hub.models import export_model, load_model
+from nanolm.hub.models import export_model
 from nanolm.hub.tokenizers import write_tokenizer
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
+from nanolm.runs.load import load_model
 from nanolm.text.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer(map(chr, range(97)))

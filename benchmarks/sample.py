@@ -14,7 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.compare import arguments, at_least_1, clock_for, contest, run_benchmark, write
 from benchmarks.nanogpt import model_module
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
 from nanolm.precision import choose_device, find_hardware
 from nanolm.sampling import generate
 

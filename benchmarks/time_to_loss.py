@@ -30,7 +30,8 @@ from benchmarks.nanogpt import CPU_RUN, GPU_RUN, copy_with_data, model_module, t
 from nanolm.batches import evaluation_batches
 from nanolm.evaluation import evaluate
 from nanolm.precision import Engine
-from nanolm.text.data import Dataset, open_dataset
+from nanolm.runs.prepare import find_dataset
+from nanolm.text.data import Dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATION = re.compile(r"step +\d+ \|.* val loss ([\d.]+)")
@@ -117,7 +118,7 @@ def main(words: list[str]) -> None:
     options = parser().parse_args(words)
     model_module(options.nanogpt)  # what is no checkout shows before an hour of work
     config = "config/shakespeare.py" if GPU else "config/shakespeare_cpu.py"
-    dataset = open_dataset("shakespeare_char")
+    dataset = find_dataset("shakespeare_char")
     short = [f"--max_iters={options.short}", f"--eval_interval={options.short}"]
     results = []
     for turn in range(options.repeats):

@@ -99,7 +99,7 @@ def encoding(text: str, minbpe: type | None, repeats: int) -> dict:
     result = contest(f"encoding {len(text):,} characters", runs, repeats=10 * repeats)
     if minbpe:
         other = minbpe(GPT2_SPLIT)
-        merges = learn_merges(Counter(split(text, GPT2_SPLIT)), MIDDLE - 256)
+        merges = list(learn_merges(Counter(split(text, GPT2_SPLIT)), MIDDLE - 256))
         other.merges = {pair: 256 + i for i, pair in enumerate(merges)}
         assert other.encode_ordinary(text[:10_000]) == tokenizer.encode(text[:10_000])
         runs = {"nanolm": runs["nanolm"], "minbpe": lambda: other.encode_ordinary(text)}

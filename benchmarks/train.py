@@ -28,11 +28,11 @@ from benchmarks.compare import (
     write,
 )
 from benchmarks.nanogpt import model_module
-from nanolm.model import GPT
+from nanolm.model import GPT, flops_per_token
 from nanolm.precision import Engine, choose_engine, find_hardware
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import build_state
-from nanolm.training import deal, flops_per_token, update
+from nanolm.training import deal, update
 
 SHAPES = {
     "cpu-12": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},

@@ -24,6 +24,7 @@ Shapes are named by these letters, in every chapter:
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,8 @@ def rotary_angles(positions: Tensor, hs: int, theta: float = 10000.0) -> tuple[T
 
     positions: (T,). Returns two tensors (T, hs/2), fp32.
     """
-    frequencies = theta ** (-torch.arange(0, hs, 2, device=positions.device).float() / hs)
+    # 1 / theta^x, and not theta^-x: the others round so, and a long text shows the difference
+    frequencies = 1.0 / theta ** (torch.arange(0, hs, 2, device=positions.device).float() / hs)
     angles = positions.float()[:, None] * frequencies  # (T, hs/2)
     return angles.cos(), angles.sin()
 
@@ -142,20 +144,12 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang & Sennrich 2019)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Under autocast x may be narrower than the weight, and PyTorch's kernel wants them alike.
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 class MultiHeadAttention(nn.Module):
     """Attention with several heads, each in its own subspace (Vaswani et al. 2017, section 3.2.2).
 
-    n_kv_head key/value heads serve n_head query heads. With qk_norm, every query and key is
-    divided by its root mean square before the rotation (Henry et al. 2020; the layout is Qwen3's),
-    which bounds the scores. dropout falls on the weights while training; the caller drops the
+    n_kv_head key/value heads serve n_head query heads. qk_norm makes the norm of every query, and
+    that of every key, before the rotation (Henry et al. 2020; the layout is Qwen3's): an RMSNorm
+    bounds the scores. dropout falls on the weights while training; the caller drops the
     output.
     """
 
@@ -169,8 +163,7 @@ class MultiHeadAttention(nn.Module):
         bias: bool,
         dropout: float,
         causal: bool = True,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-5,
+        qk_norm: Callable[[int], nn.Module] = nn.Identity,
     ):
         super().__init__()
         self.head_size, self.dropout, self.causal = head_size, dropout, causal
@@ -178,8 +171,7 @@ class MultiHeadAttention(nn.Module):
         self.k = nn.Linear(n_embd, n_kv_head * head_size, bias=bias)
         self.v = nn.Linear(n_embd, n_kv_head * head_size, bias=bias)
         self.out = nn.Linear(n_head * head_size, n_embd, bias=bias)
-        self.q_norm = RMSNorm(head_size, eps=norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_size, eps=norm_eps) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = qk_norm(head_size), qk_norm(head_size)
 
     def forward(
         self,

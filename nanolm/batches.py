@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-NO_TARGET = -1  # a target where there is no loss
+from nanolm.loss import NO_TARGET
 
 
 def windows_per_epoch(n_tokens: int, block_size: int) -> int:

@@ -29,8 +29,6 @@ from itertools import pairwise
 
 import regex
 
-from nanolm.system.workers import progress
-
 # GPT-2's pattern: 's, 't, 're ... | words | numbers | other signs | blanks, of which the last one
 # is left to the word after it | blanks.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -195,8 +193,8 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 # Learning merges, fast
 
 
-def learn_merges(counts: Mapping[str, int], n_merges: int) -> list[Pair]:
-    """The same merges as learn_merges_naive, from each different piece and how often it occurs.
+def learn_merges(counts: Mapping[str, int], n_merges: int) -> Iterator[Pair]:
+    """Yields the merges of learn_merges_naive, from each different piece and how often it occurs.
 
     Three ideas make it fast. A text repeats its pieces, so each is merged once for all. A merge
     changes only the words that hold its pair, so these are known for each pair. And the count of a
@@ -216,27 +214,24 @@ def learn_merges(counts: Mapping[str, int], n_merges: int) -> list[Pair]:
             places[left + right].append(i)
     queue = [(-sum([times[i] for i in seen]), pair) for pair, seen in places.items()]
     heapq.heapify(queue)
-    merges = []
-    with progress(total=n_merges, desc="merges") as bar:
-        while queue and len(merges) < n_merges:
-            bound, pair = heapq.heappop(queue)
-            found = [i for i in dict.fromkeys(places.pop(pair)) if pair in words[i]]
-            count = sum([times[i] * words[i].count(pair) for i in found])
-            if count < -bound:
-                if count:
-                    places[pair] = found
-                    heapq.heappush(queue, (-count, pair))
-                continue
-            token = chr(N_BYTES + len(merges))
-            merges.append((ord(pair[0]), ord(pair[1])))
-            created = defaultdict(list)
-            for i in found:
-                word = words[i] = words[i].replace(pair, token)
-                for left, right in pairwise(word):
-                    if left == token or right == token:
-                        created[left + right].append(i)
-            for new, seen in created.items():
-                heapq.heappush(queue, (-sum([times[i] for i in seen]), new))
-            places.update(created)
-            bar.update()
-    return merges
+    n = 0
+    while queue and n < n_merges:
+        bound, pair = heapq.heappop(queue)
+        found = [i for i in dict.fromkeys(places.pop(pair)) if pair in words[i]]
+        count = sum([times[i] * words[i].count(pair) for i in found])
+        if count < -bound:
+            if count:
+                places[pair] = found
+                heapq.heappush(queue, (-count, pair))
+            continue
+        yield ord(pair[0]), ord(pair[1])
+        token, n = chr(N_BYTES + n), n + 1
+        created = defaultdict(list)
+        for i in found:
+            word = words[i] = words[i].replace(pair, token)
+            for left, right in pairwise(word):
+                if left == token or right == token:
+                    created[left + right].append(i)
+        for new, seen in created.items():
+            heapq.heappush(queue, (-sum([times[i] for i in seen]), new))
+        places.update(created)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from nanolm.batches import NO_TARGET
+from nanolm.loss import NO_TARGET
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+NO_TARGET = -1  # a target where there is no loss
+
 # So many logits at a time; two or three tensors of this size exist at once. On a CPU the gradient
 # of GPT-2's W is larger already; a GPU wants more work at once.
 CHUNK = {"cpu": 6_000_000, "cuda": 120_000_000}
@@ -30,9 +32,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     total = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
+        logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum"
     )
-    return total / (targets != -1).sum().clamp(min=1)
+    return total / (targets != NO_TARGET).sum().clamp(min=1)
 
 
 def projected_cross_entropy(
@@ -65,7 +67,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
         """x: (N, C); weight: (V, C); targets: (N,); rows: how many of the N at a time."""
         narrow = product_dtype(x)
-        matrix, count = weight.to(narrow), (targets != -1).sum().clamp(min=1)
+        matrix, count = weight.to(narrow), (targets != NO_TARGET).sum().clamp(min=1)
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -73,12 +75,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             inputs, target = x[part].to(narrow), targets[part]
             log_p = F.log_softmax((inputs @ matrix.T).to(total.dtype), dim=-1)
-            total += F.nll_loss(log_p, target, ignore_index=-1, reduction="sum")
+            total += F.nll_loss(log_p, target, ignore_index=NO_TARGET, reduction="sum")
             if dx is None and dweight is None:
                 continue
             d = log_p.exp_()  # (rows, V): softmax(z), then minus 1 at the target
             d[torch.arange(len(d), device=d.device), target.clamp(min=0)] -= 1
-            d = d.mul_(((target != -1).to(d.dtype) / count)[:, None]).to(narrow)
+            d = d.mul_(((target != NO_TARGET).to(d.dtype) / count)[:, None]).to(narrow)
             if dx is not None:
                 dx[part] = d @ matrix
             if dweight is not None and narrow == dweight.dtype:

@@ -25,18 +25,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanolm.batches import NO_TARGET
-from nanolm.model import GPT, count_parameters
-from nanolm.parallel import ALONE, Shared, World
+from nanolm.loss import NO_TARGET
+from nanolm.model import GPT
+from nanolm.parallel import ALONE, World
 from nanolm.precision import Engine
-from nanolm.runs import metrics
-from nanolm.system.signals import SIGNALS, STOP, Noted, Stopped
 
 Batch = tuple[np.ndarray, np.ndarray]  # ids and targets, (B, T) each
 MAX_SKIPPED = 3  # non-finite updates in a row before a run gives up
 
 
-class NotFinite(Shared):
+class NotFinite(ValueError):
     """Several updates in a row had a loss or a gradient that is not finite."""
 
 
@@ -78,18 +76,6 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.evaluated = saved["step"], saved["evaluated"]
         self.best_val_loss, self.skipped = saved["best_val_loss"], saved["skipped"]
-
-
-def flops_per_token(model: GPT) -> float:
-    """Floating point operations of training the model on one token."""
-    config, lookups = model.config, []
-    if not config.tie_embeddings:
-        lookups.append(model.tokens.weight)
-    if config.position == "learned":
-        lookups.append(model.positions.weight)
-    n = count_parameters(model) - sum(weight.numel() for weight in lookups)
-    shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "head_size", "block_size")}
-    return metrics.flops_per_token(n, **shape)
 
 
 def dropout_seed(seed: int, step: int, micro_step: int) -> int:
@@ -185,25 +171,26 @@ def update(
     grad_clip: float,
     seed: int,
     world: World = ALONE,
-    noted: Noted | None = None,
+    flags: Callable[[], list[bool]] = list,
     meanwhile: Callable[[], None] = lambda: None,
-) -> tuple[float, float, set[int]]:
+) -> tuple[float, float, list[bool]]:
     """Make one update and count it.
 
     The gradient is scaled down to the norm grad_clip where it is longer (Pascanu et al. 2013); 0
     turns this off. A loss or gradient that is not finite is counted, but not applied. meanwhile is
     called after the work of a GPU is queued and before its result is waited for. Returns the loss,
-    the unclipped norm of its gradient, and the signals that any of the processes has noted.
+    the unclipped norm of its gradient, and which flags any process has raised (flags gives
+    this one's, once the gradients are there).
     """
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     loss = accumulate_gradients(state, shares, engine, seed=seed, world=world)
-    message = world.tell(loss, noted.take() if noted else ())
+    message = world.sum_up(loss, flags())
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
     numbers = torch.cat((norm[None], message))
     meanwhile()
-    norm, loss, *flags = numbers.tolist()  # the one wait for a GPU
+    norm, loss, *raised = numbers.tolist()  # the one wait for a GPU
     if math.isfinite(loss) and math.isfinite(norm):
         with engine.autocast():  # Muon has matrix products, the others none
             state.scaler.step(state.optimizer)
@@ -213,7 +200,7 @@ def update(
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return loss, norm, {number for number, flag in zip(SIGNALS, flags, strict=True) if flag}
+    return loss, norm, [bool(n) for n in raised]
 
 
 def fp16_scale_is_settling(state: TrainState, loss: float) -> bool:
@@ -233,16 +220,16 @@ def train(
     seed: int,
     evaluate: Callable[[], None],
     report: Callable[..., None],
-    save: Callable[[], None] = lambda: None,
+    flags: Callable[[], list[bool]] = list,
+    answer: Callable[[list[bool]], None] = lambda raised: None,
     world: World = ALONE,
-    noted: Noted | None = None,
 ) -> None:
     """The loop: update the state until it has made max_iters updates.
 
     micro_batches and learning_rate give the data and the rate of update number step, from 0.
     evaluate is called before the first update, after every eval_interval, and after the last;
-    report after each update, with its numbers; save where a signal of noted asks for it, or to
-    leave. Raises Stopped in the second case, NotFinite when several updates in a row are not.
+    report after each update, with its numbers; answer, with the flags that any process has raised
+    (see update), where there is one. Raises NotFinite when several updates in a row are not.
     """
     state.model.train()
     prefetch = Prefetch(micro_batches, engine, world=world, end=max_iters)
@@ -254,7 +241,7 @@ def train(
             return
         started, step = time.perf_counter(), state.step
         rate = learning_rate(step)
-        loss, norm, came = update(
+        loss, norm, raised = update(
             state,
             prefetch.take(step),
             engine,
@@ -262,7 +249,7 @@ def train(
             grad_clip=grad_clip,
             seed=seed,
             world=world,
-            noted=noted,
+            flags=flags,
             meanwhile=lambda: prefetch.prepare(state.step + 1),
         )
         report(step, loss=loss, lr=rate, grad_norm=norm, seconds=time.perf_counter() - started)
@@ -271,7 +258,5 @@ def train(
                 f"{state.skipped} updates in a row were not finite, the last one in step {step} "
                 f"(loss {loss}, gradient norm {norm})"
             )
-        if came:
-            save()
-        if stop := came.intersection(STOP):
-            raise Stopped(min(stop))
+        if any(raised):
+            answer(raised)

@@ -34,7 +34,9 @@ TINY = [
     "--compile=false",
 ]
 
-torch.set_num_threads(1)  # more threads only wait for each other on models this small
+# More threads only wait for each other on models this small, here and in child processes.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 hypothesis.settings.register_profile(
     "nanolm",
     deadline=None,  # a slow machine is no error

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
 
 seeds = st.integers(0, 2**32 - 1)
 

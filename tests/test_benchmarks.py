@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from benchmarks import compare, memory, sample, time_to_loss, tokenizer, train
+from nanolm.runs.prepare import prepare
 from nanolm.text.corpus import Corpus, documents
-from nanolm.text.data import prepare
 
 # Stands for a checkout of nanoGPT: what the benchmarks call, over a model of one embedding.
 MODEL = """
@@ -149,7 +149,7 @@ def test_the_benchmark_of_the_time_to_a_loss_runs(monkeypatch, checkout, workpla
     found = time_to_loss.nanolm_run([config, "--dataset=text", *shape], 9.0)
     assert found["reached"] < found["seconds"]
     assert found["loss"] < 9.0
-    dataset = time_to_loss.open_dataset("text")
+    dataset = time_to_loss.find_dataset("text")
     theirs = time_to_loss.nanogpt_run(checkout, dataset, time_to_loss.CPU_RUN)
     assert theirs["seconds"] > 0
     assert 2 < theirs["loss"] < 9

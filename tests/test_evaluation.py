@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from nanolm.batches import evaluation_batches
 from nanolm.evaluation import bits_per_byte, evaluate, perplexity
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
 
 CONFIG = ModelConfig(vocab_size=11, block_size=7, n_layer=1, n_head=1, n_embd=6, dropout=0.5)
 

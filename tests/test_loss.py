@@ -10,8 +10,9 @@ from reference import close
 from strategies import seeds, torch_seeded
 
 from nanolm import loss as chapter
+from nanolm.layers import ModelConfig
 from nanolm.loss import cross_entropy, projected_cross_entropy
-from nanolm.model import GPT, ModelConfig
+from nanolm.model import GPT
 
 V, C = 17, 5
 SHARES = st.sampled_from([0.0, 0.5, 0.9, 1.0])  # of targets that are ignored

@@ -24,7 +24,8 @@ from strategies import (
 )
 
 from nanolm.attention import KVCache
-from nanolm.model import GPT, MLPS, NORMS, ModelConfig, count_parameters, sinusoids
+from nanolm.layers import MLPS, NORMS, ModelConfig, sinusoids
+from nanolm.model import GPT, count_parameters, flops_per_token
 
 TINY = ModelConfig(vocab_size=17, block_size=11, n_layer=2, n_head=2, n_embd=6)
 
@@ -405,3 +406,18 @@ def test_what_is_given_is_kept():
     assert (config.n_kv_head, config.head_size, config.n_hidden) == (2, 3, 5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.n_embd = 8
+
+
+@pytest.mark.parametrize(
+    ("position", "tied", "looked_up"),
+    [("rotary", True, 0), ("rotary", False, 11 * 10), ("learned", True, 7 * 10)],
+)
+def test_the_cost_of_a_token_is_counted_from_the_matrix_products(position, tied, looked_up):
+    """2 operations per weight forward, 4 backward; 2 products of T x hs per head, thrice.
+
+    A table that is only looked up costs nothing.
+    """
+    shape = {"vocab_size": 11, "block_size": 7, "n_layer": 3, "n_head": 5, "n_embd": 10}
+    model = GPT(ModelConfig(**shape, position=position, tie_embeddings=tied))
+    n = count_parameters(model) - looked_up
+    assert flops_per_token(model) == 6 * n + 3 * 5 * (2 + 4) * 2 * (7 * 2)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
 from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate, orthogonalize, parameter_groups
 
 SEEDS = st.integers(0, 1000)

@@ -6,8 +6,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted(path.stem for path in (ROOT / "nanolm").glob("*.py") if path.stem != "__init__")
+PACKAGE = ROOT / "nanolm"
+
+# The rooms, and the rooms that each may import; the book is open to all of them but system/.
+ROOMS = {
+    "system": (),
+    "text": ("book", "system"),
+    "tasks": ("book", "text", "system"),
+    "hub": ("book", "text", "tasks", "system"),
+    "runs": ("book", "text", "tasks", "hub", "system"),
+}
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module below nanolm."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0] if "." in module else "book"
+
+
+PATHS = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "__init__"}
 
 WATCH = """
 import importlib, locale, logging, os, random, signal, sys, warnings
@@ -33,48 +56,89 @@ for name in sys.argv[1:]:
 
 def test_importing_prints_nothing_and_changes_no_global_state():
     run = subprocess.run(
-        [sys.executable, "-c", WATCH, *MODULES], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", WATCH, *PATHS], cwd=ROOT, capture_output=True, text=True
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-def chapters() -> list[str]:
-    """The files of nanolm/ in the order of the README's table."""
-    return re.findall(r"^\| \d+ \| \[?`(\w+)\.py`", (ROOT / "README.md").read_text(), re.MULTILINE)
+# ------------------------------------------------------------------------------------------
+# Who imports whom
 
 
-def imported(module: str) -> set[str]:
-    """The chapters that a chapter imports."""
-    tree = ast.parse((ROOT / "nanolm" / f"{module}.py").read_text())
+def imported(path: Path) -> set[str]:
+    """The modules of nanolm that a file imports, wherever in it, by their dotted names."""
     names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "nanolm":
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nanolm."):
-            names.add(node.module.removeprefix("nanolm."))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where a name comes from"
+            found = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            continue
+        below = {name.removeprefix("nanolm.") for name in found if name.startswith("nanolm.")}
+        names |= below.intersection(PATHS)
     return names
 
 
-def test_the_table_of_the_readme_lists_every_chapter_once():
-    assert sorted(chapters()) == MODULES
+GRAPH = {name: imported(path) for name, path in PATHS.items()}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_chapter_imports_only_chapters_above_it():
-    for i, module in enumerate(chapters()):
-        assert imported(module) <= set(chapters()[:i]), module
+def chapters() -> list[str]:
+    """The files of the book in the order of the README's table."""
+    return re.findall(r"^\| \d+ \| \[?`(\w+)\.py`", README, re.MULTILINE)
 
 
-def test_the_model_knows_nothing_of_files_devices_and_optimizers():
-    assert imported("attention") == set()
-    assert imported("loss") == set()
-    assert imported("model") == {"attention", "loss"}
-    assert imported("sampling") == set()
+def test_the_tables_of_the_readme_list_every_file_once():
+    assert sorted(chapters()) == [name for name in PATHS if room_of(name) == "book"]
+    listed, room = [], None
+    for door, file in re.findall(r"^\| (?:`(\w+)/` )?\| `(\w+)\.py` \|", README, re.MULTILINE):
+        room = door or room
+        listed.append(f"{room}.{file}")
+    assert sorted(listed) == [name for name in PATHS if room_of(name) != "book"]
+
+
+def test_the_book_is_closed_and_a_chapter_imports_only_chapters_above_it():
+    for i, chapter in enumerate(chapters()):
+        assert GRAPH[chapter] <= set(chapters()[:i]), chapter
+
+
+@pytest.mark.parametrize("module", [name for name in PATHS if room_of(name) != "book"])
+def test_a_room_imports_only_what_it_may(module):
+    room = room_of(module)
+    foreign = {name for name in GRAPH[module] if room_of(name) not in (room, *ROOMS[room])}
+    assert not foreign
+
+
+def test_no_circle_of_imports_and_no_room_that_is_not_listed():
+    done: set[str] = set()
+    while ready := {name for name in GRAPH if name not in done and GRAPH[name] <= done}:
+        done |= ready
+    assert done == set(GRAPH)
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_is_for_and_holds_no_code(room):
+    tree = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    assert ast.get_docstring(tree)
+    assert len(tree.body) == 1
+
+
+def test_system_needs_the_standard_library_and_tqdm_alone():
+    for name, path in PATHS.items():
+        if room_of(name) == "system":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    module = getattr(node, "module", None) or node.names[0].name
+                    assert module.split(".")[0] in {"nanolm", "tqdm", *sys.stdlib_module_names}
 
 
 def test_every_public_name_has_a_docstring():
     """Those of classes too, but for forward and what is a few lines long and speaks for itself."""
-    for module in MODULES:
-        tree = ast.parse((ROOT / "nanolm" / f"{module}.py").read_text())
+    for module, path in PATHS.items():
+        tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), module
         owners = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
         for node in [node for owner in owners for node in owner.body]:

@@ -9,8 +9,10 @@ import pytest
 from conftest import TINY
 from torch.distributed.run import get_args_parser
 
-from nanolm.hub.models import WORDS, ExportConfig, export_model
-from nanolm.model import GPT, ModelConfig
+from nanolm.hub.models import export_model
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
+from nanolm.runs.load import WORDS, ExportConfig
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import load_config
 from nanolm.text.tokenizer import BPETokenizer
@@ -41,7 +43,7 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words) <= set(targets)
-    elif words[:2] == ["-m", "nanolm.hub.models"]:
+    elif words[:2] == ["-m", "nanolm.runs.load"]:
         load_config(ExportConfig, words[2:], positional=WORDS)
     elif words[:1] == ["-m"]:
         importlib.import_module(words[1]).parser().parse_args(words[2:])

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
 from nanolm.sampling import generate, keep_top_k, keep_top_p, sample_next, until
 
 VOCAB = 13

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 
 from nanolm.hub.names import require
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import build_model
 from nanolm.system.config import coerce
 
 LARGEST = 2**24  # of any number of channels, tokens, layers
@@ -167,7 +168,7 @@ class Entry(NamedTuple):
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     """The shapes of the weights, and of all biases, of such a model."""
     with torch.device("meta"):  # without their memory
-        model = GPT(replace(config, bias=True))
+        model = build_model(replace(config, bias=True))
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 

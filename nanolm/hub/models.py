@@ -4,11 +4,9 @@ A pretrained model is a folder: config.json has its shape, model.safetensors its
 (or model.safetensors.index.json lists several such files), and tokenizer.json its tokenizer. The
 names are those of one of four families (see families.py).
 
-    python -m nanolm.hub.models export OUT_DIR FOLDER
-
-writes the model of a run as one of them, so that it works without any code of ours wherever they
-do. A bias that a family has and a model has not is written as zeros, and a bias of zeros that the
-family has not is left out; whatever else one side has and the other has not is refused by name.
+An export works without any code of ours wherever they do. A bias that a family has and a model
+has not is written as zeros, and a bias of zeros that the family has not is left out; whatever else
+one side has and the other has not is refused by name.
 
 Only safetensors are read: a pickle, as in a .bin file, can run code.
 """
@@ -17,7 +15,7 @@ import json
 import re
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +32,14 @@ from nanolm.hub.families import (
     read_config,
     shapes_of,
 )
-from nanolm.hub.names import find_folder, read_json
-from nanolm.hub.tokenizers import FILES, read_tokenizer, write_tokenizer
-from nanolm.model import GPT, ModelConfig, require_choice
-from nanolm.runs.folder import PRETRAINED, holds_a_run, load_trained
-from nanolm.system.config import load_config, run_script
+from nanolm.hub.names import read_json
+from nanolm.hub.tokenizers import read_tokenizer, write_tokenizer
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT, build_model
 from nanolm.system.files import SCRATCH, whole_folder, write_text
 from nanolm.text.tokenizer import Tokenizer
 
-CONFIG, WEIGHTS, INDEX = PRETRAINED, "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 # Buffers that some older files hold, and no weights.
 BUFFERS = re.compile(r"\bh\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
@@ -50,27 +47,6 @@ BUFFERS = re.compile(r"\bh\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
 # ------------------------------------------------------------------------------------------
 # In
-
-
-def load_model(name: str | Path) -> tuple[GPT, Tokenizer, str]:
-    """A trained model, its tokenizer, and where they come from, in words.
-
-    name: the folder of a run or of a pretrained model, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
-    OWNER/NAME on the Hugging Face hub. Raises ValueError or FileNotFoundError where there is none,
-    or none that nanolm can express.
-    """
-    patterns = (CONFIG, WEIGHTS, INDEX, "model-*.safetensors", *FILES)
-    folder = find_folder(str(name), patterns)
-    if holds_a_run(folder):
-        model, tokenizer, step = load_trained(folder)
-        return model, tokenizer, f"{name}, step {step}"
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(
-            f"{name} holds no model: neither a run's checkpoints (train one with train.py) nor "
-            f"the {CONFIG} of a pretrained one"
-        )
-    model, tokenizer = load_pretrained(folder)
-    return model, tokenizer, str(name)
 
 
 def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
@@ -91,7 +67,7 @@ def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
         print(f"{folder}: left out {left} rows, which no token has", file=sys.stderr)
     for name in ("tokens.weight", "head.weight"):
         weights[name] = weights[name][:n]
-    model = GPT(replace(config, vocab_size=n))
+    model = build_model(replace(config, vocab_size=n))
     model.load_state_dict(weights)
     return model.eval(), tokenizer
 
@@ -274,30 +250,3 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
         raise ValueError(
             f"cannot write {path.name} ({error}); it needs {needed:,} bytes"
         ) from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """The words of the command."""
-
-    command: str  # export
-    out_dir: str  # the folder of a run, or any other model that init_from could name
-    folder: str  # where to write it
-
-    def __post_init__(self):
-        require_choice("command", self.command, ("export",))
-
-
-WORDS = tuple(field.name for field in fields(ExportConfig))
-
-
-def main(arguments: list[str]) -> None:
-    """Do what the command says."""
-    config = load_config(ExportConfig, arguments, positional=WORDS)
-    model, tokenizer, origin = load_model(config.out_dir)
-    architecture = export_model(model, tokenizer, config.folder)
-    print(f"{origin}: written to {config.folder} as {architecture}")
-
-
-if __name__ == "__main__":
-    run_script(main, "python -m nanolm.hub.models export OUT_DIR FOLDER", ExportConfig)

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from nanolm.model import GPT, ModelConfig
+from nanolm.hub.models import CONFIG
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT, build_model
 from nanolm.optim import memory_names, parameter_groups
 from nanolm.runs import checkpoint
 from nanolm.runs.settings import MODEL_KEYS, SHAPE_KEYS, TrainConfig
@@ -24,7 +26,6 @@ from nanolm.text.data import SEAL, Dataset
 from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 RUNS = Path("out")
-PRETRAINED = "config.json"  # what tells a folder of Hugging Face's format
 RUN_FILE, METRICS_FILE, PICTURE = "run.json", "metrics.jsonl", "loss.png"
 
 
@@ -34,7 +35,7 @@ def run_folder(path: str) -> Iterator[Path]:
 
     Raises ValueError where it cannot be written, or another process writes it.
     """
-    if not path or any((Path(path) / name).exists() for name in (SEAL, PRETRAINED)):
+    if not path or any((Path(path) / name).exists() for name in (SEAL, CONFIG)):
         raise ValueError(
             f"out_dir={path!r}: choose a folder of its own, and not that of a dataset or of a "
             "pretrained model"
@@ -119,7 +120,7 @@ def check_content(saved: dict) -> None:
     if config.n_layer > len(saved["model"]):
         raise ValueError(f"its config has {config.n_layer} layers, and its model fewer")
     with torch.device("meta"):  # shapes without memory
-        model = GPT(config)
+        model = build_model(config)
     wanted, found = (
         {k: like(v) for k, v in m.items()} for m in (model.state_dict(), saved["model"])
     )
@@ -227,7 +228,7 @@ def load_trained(folder: str | Path) -> tuple[GPT, Tokenizer, int]:
     saved, problems = checkpoint.load_best(folder, check_content)
     for problem in problems:
         print(f"warning: {problem}; using another one", file=sys.stderr)
-    model = GPT(saved_model_config(saved))
+    model = build_model(saved_model_config(saved))
     model.load_state_dict(saved["model"])
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -32,17 +32,6 @@ def peak_flops(gpu_name: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu_name), None)
 
 
-def flops_per_token(
-    n_parameters: int, *, n_layer: int, n_head: int, head_size: int, block_size: int
-) -> float:
-    """Floating point operations of training on one token: 6 N + 12 L H Q T.
-
-    Chowdhery et al. 2022 (PaLM), appendix B; N counts the parameters that take part in a matrix
-    product.
-    """
-    return 6 * n_parameters + 12 * n_layer * n_head * head_size * block_size
-
-
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 42s, 3m05s, 2h10m."""
     seconds = round(seconds)

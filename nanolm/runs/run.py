@@ -14,18 +14,19 @@ from torch import Tensor
 
 from nanolm.batches import check_ids, evaluation_batches, training_batch
 from nanolm.evaluation import bits_per_byte, evaluate, perplexity
-from nanolm.model import count_parameters
+from nanolm.model import count_parameters, flops_per_token
 from nanolm.parallel import World
 from nanolm.precision import Engine
 from nanolm.runs import checkpoint, metrics
 from nanolm.runs.folder import METRICS_FILE, PICTURE, RUN_FILE
+from nanolm.runs.processes import from_first, heed
 from nanolm.runs.settings import TrainConfig
 from nanolm.sampling import generate
 from nanolm.system.files import sync, write_text
-from nanolm.system.signals import Noted, Stopped, noting
+from nanolm.system.signals import SIGNALS, STOP, Noted, Stopped, noting
 from nanolm.text.data import Dataset
 from nanolm.text.tokenizer import TOKENIZER_FILE
-from nanolm.training import Batch, NotFinite, TrainState, flops_per_token, train
+from nanolm.training import Batch, NotFinite, TrainState, train
 
 # What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
 CPU_FLOPS_PER_THREAD = 2e10
@@ -142,9 +143,9 @@ class Run:
                     seed=config.seed,
                     evaluate=self.evaluate_and_save,
                     report=self.log.update if self.log else lambda step, **numbers: None,
-                    save=self.save_for_signal,
+                    flags=self.take_signals,
+                    answer=self.answer_signals,
                     world=self.world,
-                    noted=self.noted,
                 )
         except NotFinite as error:
             advice = "and a lower learning_rate, or dtype=float32"
@@ -206,7 +207,7 @@ class Run:
     def my_share(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """Of every world.size batches one, on the device; Stopped where a signal has come."""
         while turn := list(islice(batches, self.world.size)):
-            self.world.heed(self.noted)  # an evaluation can take longer than a scheduler waits
+            heed(self.world, self.noted)  # an evaluation can take longer than a scheduler waits
             if self.world.rank < len(turn):
                 yield self.engine.move(*self.checked(turn[self.world.rank]))
 
@@ -236,13 +237,25 @@ class Run:
             best = state.best_val_loss is None or loss < state.best_val_loss
             if best:
                 state.best_val_loss = loss
-            self.world.from_first(lambda: self.save(best=best))
+            from_first(self.world, lambda: self.save(best=best))
         if self.world.leads:
             self.show()
 
+    def take_signals(self) -> list[bool]:
+        """Which of SIGNALS have come since the last call."""
+        came = self.noted.take()
+        return [number in came for number in SIGNALS]
+
+    def answer_signals(self, came: list[bool]) -> None:
+        """Save, and leave where a signal to stop is among those that came to any process."""
+        self.save_for_signal()
+        for number, flag in zip(SIGNALS, came, strict=True):
+            if flag and number in STOP:
+                raise Stopped(number)
+
     def save_for_signal(self) -> None:
         """Write a checkpoint between two evaluations."""
-        self.world.from_first(self.save)
+        from_first(self.world, self.save)
         print(f"saved     step {self.state.step} in {self.folder}", flush=True)
 
     def save(self, *, best: bool = False) -> None:

@@ -6,9 +6,9 @@ mean here what they mean there. `python train.py --help` prints this table.
 
 from dataclasses import dataclass, fields
 
-from nanolm.model import ModelConfig, require_at_least, require_choice, require_fraction
+from nanolm.layers import ModelConfig, require_at_least, require_choice, require_fraction
 from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate
-from nanolm.parallel import BACKENDS
+from nanolm.runs.processes import BACKENDS
 
 
 @dataclass(frozen=True, kw_only=True)

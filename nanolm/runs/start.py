@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from nanolm.hub.models import load_model
 from nanolm.hub.names import is_hub_name
-from nanolm.model import GPT
+from nanolm.model import GPT, build_model, flops_per_token
 from nanolm.optim import OPTIMIZERS, parameter_groups
-from nanolm.parallel import World, find_world, joined
+from nanolm.parallel import World
 from nanolm.precision import Engine, Hardware, choose_engine, find_hardware
 from nanolm.runs import checkpoint
 from nanolm.runs.folder import (
@@ -28,10 +27,13 @@ from nanolm.runs.folder import (
     run_folder,
     run_tokenizer,
 )
+from nanolm.runs.load import load_model
+from nanolm.runs.prepare import find_dataset
+from nanolm.runs.processes import find_world, from_first, joined, one_by_one, own_gpu, united
 from nanolm.runs.run import Run
 from nanolm.runs.settings import TrainConfig
-from nanolm.text.data import Dataset, open_dataset
-from nanolm.training import TrainState, flops_per_token, settle_gradients
+from nanolm.text.data import Dataset
+from nanolm.training import TrainState, settle_gradients
 
 
 def start_run(config: TrainConfig) -> None:
@@ -42,14 +44,14 @@ def start_run(config: TrainConfig) -> None:
     """
     check_shares(config, find_world())
     with joined(config.backend) as world, ExitStack() as stack:
-        config, dataset = world.one_by_one(lambda: fit_to_dataset(config))
-        with world.united():
+        config, dataset = one_by_one(world, lambda: fit_to_dataset(config))
+        with united(world):
             check_alike(config, dataset, world)
-        way, saved = world.from_first(lambda: begin(config, dataset, world, stack))
-        with world.united():
+        way, saved = from_first(world, lambda: begin(config, dataset, world, stack))
+        with united(world):
             check_one_folder(config, world)
-        hardware = world.from_first(find_hardware)  # one choice for all, also on unlike machines
-        with world.united():
+        hardware = from_first(world, find_hardware)  # one choice for all, also on unlike machines
+        with united(world):
             run = ready_run(config, dataset, world, hardware, way, saved)
         del saved  # as large as all that it was copied into
         if config.eval_only:
@@ -64,7 +66,7 @@ def start_run(config: TrainConfig) -> None:
             with world.sharing_gradients(state.forward) as state.forward:
                 if world.size > 1:
                     settle_gradients(state, next(run.micro_batches(0)), run.engine)
-                world.from_first(run.record)
+                from_first(world, run.record)
                 run.describe()
                 run.train()
 
@@ -127,9 +129,9 @@ def ready_run(
     resumed = way == "resume"
     if resumed and saved["text"] != dataset.meta["train"]["sha256"]:
         print(f"changed   the text in {dataset.folder}: another one before")
-    model = build_model(config)
+    model = fresh_model(config)
     engine = run_engine(config, model, hardware, saved["engine"] if resumed else None)
-    engine = world.own_gpu(engine)
+    engine = own_gpu(world, engine)
     state = build_state(config, model, engine)
     if resumed:
         state.load_state_dict(saved)
@@ -157,7 +159,7 @@ def check_shares(config: TrainConfig, world: World) -> None:
 def check_alike(config: TrainConfig, dataset: Dataset, world: World) -> None:
     """Raise ValueError where this process would make another run than process 0."""
     mine = {**asdict(config), "text": dataset.meta["train"]["sha256"]}
-    first = world.from_first(lambda: mine)
+    first = from_first(world, lambda: mine)
     other = [key for key in mine if mine[key] != first[key]]
     if other == ["text"]:
         raise ValueError(
@@ -174,7 +176,7 @@ def check_alike(config: TrainConfig, dataset: Dataset, world: World) -> None:
 def check_one_folder(config: TrainConfig, world: World) -> None:
     """Raise ValueError where this machine has checkpoints of the run that process 0 has not."""
     mine = {path.name for path in checkpoint.step_files(config.out_dir)}
-    more = mine - world.from_first(lambda: mine)
+    more = mine - from_first(world, lambda: mine)
     if more:
         raise ValueError(
             f"{config.out_dir} of this machine holds {max(more)}, and that of process 0 does not: "
@@ -191,7 +193,7 @@ def fit_to_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
 
     Raises ValueError or FileNotFoundError where there is none, or none that fits.
     """
-    dataset = open_dataset(config.dataset)
+    dataset = find_dataset(config.dataset)
     n = dataset.tokenizer.vocab_size
     if config.vocab_size not in (None, n):
         raise ValueError(
@@ -201,10 +203,10 @@ def fit_to_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
     return replace(config, vocab_size=n), dataset
 
 
-def build_model(config: TrainConfig) -> GPT:
-    """A fresh model, drawn from the seed."""
+def fresh_model(config: TrainConfig) -> GPT:
+    """A model drawn from the seed."""
     torch.manual_seed(config.seed)
-    return GPT(config.model_config())
+    return build_model(config.model_config())
 
 
 def cut_positions(weights: dict[str, torch.Tensor], block_size: int) -> dict[str, torch.Tensor]:

@@ -18,16 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nanolm.hub.names import is_hub_name
-from nanolm.hub.tokenizers import find_tokenizer
 from nanolm.system.files import sha256, whole_folder, write_text
 from nanolm.system.workers import bundles, in_order
-from nanolm.text.corpus import Corpus, Part, find_corpus
+from nanolm.text.corpus import Corpus, Part
 from nanolm.text.known import KNOWN_DATASETS
 from nanolm.text.tokenizer import (
     TOKENIZER_FILE,
-    BPETokenizer,
-    CharTokenizer,
     Tokenizer,
     load_tokenizer,
 )
@@ -36,7 +32,6 @@ FORMAT = 2  # of meta.json
 SEAL = "meta.json"
 SPLITS = ("train", "val")
 DATA_DIR = Path("data")
-TOKENIZER_BYTES = 200_000_000  # of text, at most, to learn merges from
 
 
 @dataclass(frozen=True)
@@ -59,55 +54,6 @@ class Dataset:
 # Preparing
 
 
-def prepare(
-    name: str,
-    *,
-    inputs: tuple[str, ...] = (),
-    tokenizer: str | None = None,
-    tokenizer_bytes: int = TOKENIZER_BYTES,
-    val_fraction: float = 0.1,
-    processes: int = 1,
-) -> Path:
-    """Make the dataset data/<name> from the inputs (see find_corpus), or a known one from its own.
-
-    tokenizer: see make_tokenizer. Returns the folder. Raises ValueError or FileNotFoundError, and
-    leaves what was there, on bad input.
-    """
-    folder = dataset_folder(name)
-    known = KNOWN_DATASETS.get(name)
-    if known and inputs:
-        raise ValueError(
-            f"{name!r} is a known dataset with a text of its own: give yours another name"
-        )
-    if not known and not inputs:
-        raise ValueError(
-            f"unknown dataset {name!r}: give its text with --input PATH, or choose one of "
-            f"{', '.join(KNOWN_DATASETS)}"
-        )
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
-    for key, value in (("tokenizer_bytes", tokenizer_bytes), ("processes", processes)):
-        if value < 1:
-            raise ValueError(f"{key}={value}: must be at least 1")
-    default = known.tokenizer if known else CharTokenizer.name
-    spec = default if tokenizer is None else tokenizer
-    check_spec(spec)
-    if (
-        known
-        and spec != known.tokenizer
-        and not (known.tokenizer == "gpt2" and Path(spec).exists())
-    ):
-        raise ValueError(
-            f"tokenizer={spec!r}: {name} goes with {known.tokenizer}; leave the key out"
-        )
-    corpus = known.corpus(folder) if known else find_corpus(inputs)
-    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes, processes=processes)
-    if known and made.name != known.tokenizer:
-        raise ValueError(f"{name} goes with {known.tokenizer}, and this would be {made.name}")
-    write_dataset(folder, corpus, made, val_fraction=val_fraction, processes=processes)
-    return folder
-
-
 def dataset_folder(name: str) -> Path:
     """data/<name>. Raises ValueError where the name could be a path."""
     if not re.fullmatch(r"\w[\w.-]*", name):
@@ -116,37 +62,6 @@ def dataset_folder(name: str) -> Path:
             f"{DATA_DIR}/, and the text to read is given with --input PATH"
         )
     return DATA_DIR / name
-
-
-def check_spec(spec: str) -> None:
-    """Raise ValueError where make_tokenizer knows no such tokenizer."""
-    if spec in ("char", "gpt2") or re.fullmatch(r"bpe:\d{1,9}", spec):
-        return
-    if spec and (Path(spec).is_file() or Path(spec).is_dir() or is_hub_name(spec)):
-        return
-    raise ValueError(
-        f"tokenizer={spec!r}: choose char, bpe:N (with N tokens, say bpe:4096), gpt2, the path "
-        "of a tokenizer that exists, or OWNER/NAME of a model on the Hugging Face hub"
-    )
-
-
-def make_tokenizer(
-    spec: str, corpus: Corpus, *, tokenizer_bytes: int = TOKENIZER_BYTES, processes: int = 1
-) -> Tokenizer:
-    """The tokenizer that spec asks for.
-
-    "char": the characters of the corpus. "bpe:N": N tokens, learned from the first tokenizer_bytes
-    of it. "gpt2": GPT-2's. Otherwise the path of one, or of a dataset, a run or a
-    pretrained model that has one, or OWNER/NAME of a model on the Hugging Face hub.
-    """
-    if spec == "gpt2":
-        return BPETokenizer.gpt2()
-    if spec == "char":
-        return CharTokenizer.train(corpus.texts("characters"))
-    if spec.startswith("bpe:"):
-        texts = corpus.texts("pieces", limit=tokenizer_bytes)
-        return BPETokenizer.train(texts, int(spec.removeprefix("bpe:")), processes=processes)
-    return find_tokenizer(spec)
 
 
 def write_dataset(
@@ -250,17 +165,13 @@ def narrowest_dtype(vocab_size: int) -> np.dtype:
 
 
 def open_dataset(name: str) -> Dataset:
-    """Open data/<name>; a known dataset that is not there yet is prepared first.
+    """Open data/<name>.
 
     Raises FileNotFoundError where there is none, ValueError where its files do not fit together.
     """
     folder = dataset_folder(name)
     if not (folder / SEAL).exists():
-        if name not in KNOWN_DATASETS:
-            raise FileNotFoundError(
-                f"no dataset in {folder}: make it with python prepare.py {name} --input PATH"
-            )
-        prepare(name)
+        raise FileNotFoundError(f"no dataset in {folder}: make it with {prepare_command(name)}")
     again = f"prepare it again: {prepare_command(name)}"
     meta = read_meta(folder, again)
     known = KNOWN_DATASETS.get(name)
@@ -309,10 +220,6 @@ def prepare_command(name: str) -> str:
 
 def check_dataset(name: str) -> dict:
     """Open data/<name> and compare its files with their fingerprints; returns meta.json."""
-    if not (dataset_folder(name) / SEAL).exists():
-        raise FileNotFoundError(
-            f"no dataset in {dataset_folder(name)}: {prepare_command(name)} makes it"
-        )
     dataset = open_dataset(name)
     wanted = {f"{split}.bin": dataset.meta[split]["sha256"] for split in SPLITS}
     for file, fingerprint in {**wanted, TOKENIZER_FILE: dataset.meta["tokenizer_sha256"]}.items():

@@ -40,7 +40,7 @@ from nanolm.bpe import (
     with_fallback,
 )
 from nanolm.system.files import write_text
-from nanolm.system.workers import bundles, in_order, n_cores
+from nanolm.system.workers import bundles, in_order, n_cores, progress
 from nanolm.text import gpt2
 
 FORMAT = 1  # of the JSON file
@@ -190,7 +190,9 @@ class BPETokenizer:
         count = partial(count_pieces, pattern=pattern)
         for part in in_order(count, bundles(texts), processes=processes):
             counts.update(part)
-        merges = learn_merges(counts, vocab_size - n_fixed)
+        n_merges = vocab_size - n_fixed
+        learning = learn_merges(counts, n_merges)
+        merges = list(progress(iterable=learning, total=n_merges, desc="merges"))
         tokens = tokens_of(merges)
         if len(tokens) + len(special_tokens) < vocab_size:
             print(

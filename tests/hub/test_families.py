@@ -31,7 +31,8 @@ from transformers import AutoTokenizer
 
 from nanolm.hub.families import FAMILIES, config_json
 from nanolm.hub.models import WEIGHTS, export_model, load_pretrained
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import load_config
 from nanolm.text.tokenizer import Tokenizer

@@ -28,16 +28,18 @@ from strategies import scramble
 from torch.nn.functional import cross_entropy
 
 from nanolm.batches import NO_TARGET, evaluation_batches
-from nanolm.hub.models import CONFIG, INDEX, WEIGHTS, export_model, load_model, load_pretrained
+from nanolm.hub.models import CONFIG, INDEX, WEIGHTS, export_model, load_pretrained
 from nanolm.hub.tokenizers import write_tokenizer
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
+from nanolm.runs.load import load_model
 from nanolm.text.data import open_dataset
 
 
 def test_the_command_exports_a_run_that_then_writes_the_same_texts(tiny_run, run_main):
     """And an export can be exported again."""
     for source, target in [(tiny_run, "there"), ("there", "again")]:
-        code, out, err = run_main("nanolm/hub/models", "export", source, target)
+        code, out, err = run_main("nanolm/runs/load", "export", source, target)
         assert (code, err) == (0, "")
         assert out.endswith(f"written to {target} as Qwen3ForCausalLM\n")
     flags = ("--num_samples=3", "--max_new_tokens=40", "--device=cpu", "--start=1 little")

@@ -19,10 +19,12 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from strategies import scramble
 
-from nanolm.hub.models import export_model, load_model
+from nanolm.hub.models import export_model
 from nanolm.hub.names import find_folder
 from nanolm.hub.tokenizers import find_tokenizer
-from nanolm.model import GPT, ModelConfig
+from nanolm.layers import ModelConfig
+from nanolm.model import GPT
+from nanolm.runs.load import load_model
 from nanolm.text.tokenizer import BPETokenizer
 
 COMMIT = "c0ffee" + "0" * 34

@@ -83,7 +83,7 @@ def other_text(text: str) -> Callable[[], None]:
     """Another dataset, data/other, of the text."""
 
     def do() -> None:
-        from nanolm.text.data import prepare
+        from nanolm.runs.prepare import prepare
 
         write("other.txt", text)()
         prepare("other", inputs=("other.txt",))

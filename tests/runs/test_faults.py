@@ -335,15 +335,16 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(kills, tiny_ru
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_the_script_itself_can_be_killed_while_it_trains(kills, tiny_run):
     """With its own start, its own picture, its own end."""
-    keys = [*TINY, "--eval_interval=50", "--dropout=0.1", "--init_from=auto"]
+    keys = [*TINY, "--eval_interval=50", "--log_interval=1", "--dropout=0.1", "--init_from=auto"]
     keys += [f"--max_iters={100 * kills}"]
     assert end(start(run_train, *keys, "--out_dir=out/whole")) == [0]
     command = [sys.executable, ROOT / "train.py", *keys, "--out_dir=out/x"]
     draw, one_thread = random.Random(0), {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=one_thread) as run:
-            next(line for line in run.stdout if re.match(r"step +\d+ \| loss", line))
-            time.sleep(draw.uniform(0, 1))
+            updates = (line for line in run.stdout if re.match(r"step +\d+ \| loss", line))
+            for _ in range(draw.randint(51, 99)):  # one checkpoint further, however fast it is
+                next(updates)
             run.kill()
         assert run.returncode == -signal.SIGKILL
     said = subprocess.run(command, capture_output=True, text=True, env=one_thread)

@@ -17,9 +17,9 @@ from conftest import ROOT
 from nanolm.runs.checkpoint import load
 from nanolm.runs.folder import check_content, load_trained
 from nanolm.runs.metrics import read_metrics
+from nanolm.runs.prepare import prepare
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import start_run
-from nanolm.text.data import prepare
 
 GOLDEN = ROOT / "tests" / "golden"
 CURVE = json.loads((GOLDEN / "curve.json").read_text(encoding="utf-8"))

@@ -7,12 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanolm.model import GPT, ModelConfig, count_parameters
 from nanolm.runs.metrics import (
     Metrics,
     draw_losses,
     duration,
-    flops_per_token,
     peak_flops,
     read_metrics,
     wandb_log,
@@ -84,14 +82,6 @@ def test_every_row_is_passed_on(tmp_path):
 )
 def test_peaks_are_found_by_the_name_of_the_gpu(name, peak):
     assert peak_flops(name) == peak
-
-
-def test_the_cost_of_a_token_is_counted_from_the_matrix_products():
-    """2 operations per weight forward, 4 backward; 2 products of T x hs per head, thrice."""
-    config = ModelConfig(vocab_size=11, block_size=7, n_layer=3, n_head=5, n_embd=10)
-    n = count_parameters(GPT(config))
-    cost = flops_per_token(n, n_layer=3, n_head=5, head_size=2, block_size=7)
-    assert cost == 6 * n + 3 * 5 * (2 + 4) * 2 * (7 * 2)
 
 
 @given(st.floats(0, 10**6))

@@ -30,10 +30,18 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from nanolm import training
 from nanolm.batches import evaluation_batches
-from nanolm.parallel import ALONE, World, choose_backend, find_world
+from nanolm.parallel import ALONE, World
 from nanolm.precision import Engine
 from nanolm.runs import checkpoint, run, start
 from nanolm.runs.metrics import read_metrics
+from nanolm.runs.processes import (
+    choose_backend,
+    find_world,
+    from_first,
+    one_by_one,
+    own_gpu,
+    united,
+)
 from nanolm.system.files import lock
 from nanolm.system.signals import SIGNALS
 from nanolm.text.data import open_dataset
@@ -419,7 +427,7 @@ def train_on_another_text(*arguments: str) -> None:
         return replace(dataset, meta={**dataset.meta, "train": split})
 
     if os.environ["RANK"] == "1":
-        start.open_dataset = other_text
+        start.find_dataset = other_text
     run_train(*arguments)
 
 
@@ -435,7 +443,7 @@ def train_without_memory(*arguments: str) -> None:
         raise ValueError("the model\ndoes not fit")
 
     if os.environ["RANK"] == "1":
-        start.build_model = fail
+        start.fresh_model = fail
     run_train(*arguments)
 
 
@@ -531,21 +539,22 @@ def test_a_process_alone_needs_no_others():
     assert not dist.is_initialized()
     assert ALONE.leads
     assert ALONE.add_up(0.1, 2.0) == [0.1, 2.0]
-    assert ALONE.from_first(lambda: 7) == ALONE.one_by_one(lambda: 7) == 7
-    for call in (ALONE.from_first, ALONE.one_by_one):
+    assert from_first(ALONE, lambda: 7) == one_by_one(ALONE, lambda: 7) == 7
+    for call in (from_first, one_by_one):
         with pytest.raises(ZeroDivisionError):
-            call(lambda: 1 / 0)
-    with pytest.raises(ValueError, match=r"^as it is$"), ALONE.united():
+            call(ALONE, lambda: 1 / 0)
+    with pytest.raises(ValueError, match=r"^as it is$"), united(ALONE):
         raise ValueError("as it is")
     model, engine = torch.nn.Linear(2, 3), Engine("cuda:7", "float32", compile=False)
     with ALONE.sharing_gradients(model) as forward:
         assert forward is model
-    assert ALONE.own_gpu(engine) is engine
+    assert own_gpu(ALONE, engine) is engine
 
 
 @pytest.mark.parametrize("came", [(), SIGNALS[:1], SIGNALS])
 def test_what_an_update_tells_is_the_loss_and_which_signals_came(came):
-    message = ALONE.tell(torch.tensor(0.5), came)
+    flags = [number in came for number in SIGNALS]
+    message = ALONE.sum_up(torch.tensor(0.5), flags)
     np.testing.assert_array_equal(message, [0.5, *(float(number in came) for number in SIGNALS)])
 
 
@@ -603,7 +612,7 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(device, local_rank, expe
     world, engine = World(local_rank, 3, local_rank), Engine(device, "float32", compile=False)
     if " " in expected:
         with pytest.raises(ValueError, match=re.escape(expected)):
-            world.own_gpu(engine)
+            own_gpu(world, engine)
     else:
-        assert world.own_gpu(engine).device == expected
+        assert own_gpu(world, engine).device == expected
     assert chosen == ([local_rank] if ":" in expected and " " not in expected else [])

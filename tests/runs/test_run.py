@@ -15,10 +15,10 @@ from nanolm import sampling
 from nanolm.batches import training_batch
 from nanolm.runs.checkpoint import load
 from nanolm.runs.metrics import draw_losses
+from nanolm.runs.prepare import prepare
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import start_run
 from nanolm.system.config import load_config
-from nanolm.text.data import prepare
 from nanolm.text.tokenizer import load_tokenizer
 
 

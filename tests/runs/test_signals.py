@@ -47,7 +47,7 @@ AUTO = [*FLAGS, "--init_from=auto"]
 # What a run does at each moment: one call of this function. Each process trains and evaluates;
 # at the others, process 0 is busy and the others wait for it.
 MOMENTS = {
-    "start-up": (run_start, "open_dataset"),
+    "start-up": (run_start, "find_dataset"),
     "update": (training, "accumulate_gradients"),
     "evaluation": (run, "evaluate"),  # twice: one for each split
     "save": (torch, "save"),

@@ -17,6 +17,8 @@ from conftest import ROOT, TEXT, TINY
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from nanolm.runs import prepare as runs_prepare
+from nanolm.runs.prepare import find_dataset, make_tokenizer, prepare
 from nanolm.system import workers
 from nanolm.text import corpus, data
 from nanolm.text.corpus import Corpus, documents
@@ -24,10 +26,8 @@ from nanolm.text.data import (
     SPLITS,
     Dataset,
     check_dataset,
-    make_tokenizer,
     narrowest_dtype,
     open_dataset,
-    prepare,
     write_dataset,
 )
 from nanolm.text.known import KnownDataset
@@ -183,15 +183,16 @@ def known_datasets(workplace, monkeypatch):
     text = corpus_of("to be or not to be")
     known = {"tiny": KnownDataset(lambda _: text, "char")}
     known["words"] = KnownDataset(lambda _: text, "gpt2")
-    monkeypatch.setattr(data, "KNOWN_DATASETS", known)
+    for module in (data, runs_prepare):
+        monkeypatch.setattr(module, "KNOWN_DATASETS", known)
 
 
 def test_a_known_dataset_is_prepared_on_first_use(known_datasets):
-    assert open_dataset("tiny").meta["source"] == "a test"
+    assert find_dataset("tiny").meta["source"] == "a test"
     meta = Path("data/tiny/meta.json")
     meta.write_text(meta.read_text().replace('"char"', '"other"'))
     with pytest.raises(ValueError, match=r"'other'.* prepare it again: python prepare.py tiny"):
-        open_dataset("tiny")
+        find_dataset("tiny")
 
 
 def test_a_tokenizer_that_loses_text_is_found_out(workplace):
@@ -310,7 +311,7 @@ def test_a_long_text_needs_no_more_memory_than_a_short_one(workplace):
     BPE.save("bpe.json")
     script = """
 from pathlib import Path
-from nanolm.text.data import prepare
+from nanolm.runs.prepare import prepare
 prepare("x", inputs=("long.txt",), tokenizer="bpe.json")
 print(Path("/proc/self/status").read_text())
 """

@@ -12,8 +12,8 @@ from urllib.error import HTTPError
 
 import pytest
 
+from nanolm.runs.prepare import find_dataset, prepare
 from nanolm.text import known
-from nanolm.text.data import open_dataset, prepare
 from nanolm.text.known import (
     KNOWN_DATASETS,
     SHAKESPEARE_URL,
@@ -346,7 +346,7 @@ def test_the_real_shakespeare_is_cut_as_nanogpt_cuts_it(test_data, workplace):
     folder.mkdir(parents=True)
     (folder / "input.txt").write_bytes((test_data / "tinyshakespeare.txt").read_bytes())
     prepare("shakespeare_char")
-    dataset = open_dataset("shakespeare_char")
+    dataset = find_dataset("shakespeare_char")
     assert (len(dataset.train), len(dataset.val)) == (1_003_854, 111_540)
     assert dataset.meta["train"]["bytes"] == 1_003_854
     assert dataset.tokenizer.vocab_size == dataset.meta["vocab_size"] == 65
@@ -359,7 +359,7 @@ def test_shakespeare_has_gpt2s_tokens_and_its_end(test_data, workplace):
     folder.mkdir(parents=True)
     (folder / "input.txt").write_bytes((test_data / "tinyshakespeare.txt").read_bytes())
     prepare("shakespeare", tokenizer=str(test_data / "gpt2"))
-    dataset = open_dataset("shakespeare")
+    dataset = find_dataset("shakespeare")
     assert KNOWN_DATASETS["shakespeare"].tokenizer == dataset.meta["tokenizer"] == "gpt2"
     assert len(dataset.train) + len(dataset.val) == 301_966 + 36_059 + 1
     assert dataset.tokenizer.decode(dataset.train[:5]) == "First Citizen:\nBefore"

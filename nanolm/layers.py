@@ -1,0 +1,216 @@
+"""The layers of a Transformer, and the one block that they make.
+
+A block adds what attention and an MLP make of its input (He et al. 2015: a sum, so that gradients
+pass through). It normalizes the input of each first ("pre-norm", Xiong et al. 2020), which trains
+without care:
+
+    x = x + attention(norm(x))
+    x = x + mlp(norm(x))
+
+The parts that people argue about are looked up by name, so that GPT-2 (Radford et al. 2019) and a
+modern model are two configurations of one class:
+
+    norm       layer: (x - mean) / std * weight + bias      rms: x / rms(x) * weight
+    position   learned: a vector per position   sinusoidal: waves   rotary: inside attention
+    mlp        gelu: down(gelu(up x))   relu2: down(relu(up x)^2)
+               swiglu: down(silu(gate x) * up x)
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanolm.attention import KVCache, MultiHeadAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a GPT. The defaults are GPT-2's (124M) but for its biases, as in nanoGPT."""
+
+    vocab_size: int = 50257  # tokens that can be told apart
+    block_size: int = 1024  # longest context, in tokens
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # query heads
+    n_embd: int = 768  # channels of the residual stream
+    dropout: float = 0.0  # probability that an activation is dropped in training
+    bias: bool = False  # biases in linear layers and layer norms
+    norm: str = "layer"  # layer | rms
+    norm_eps: float = 1e-5  # added to the variance, against division by zero
+    position: str = "learned"  # learned | sinusoidal | rotary
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    mlp: str = "gelu"  # gelu | swiglu | relu2
+    n_hidden: int | None = None  # channels inside the MLP; None: 4 n_embd (swiglu: 8/3 n_embd)
+    n_kv_head: int | None = None  # key/value heads; None: n_head
+    head_size: int | None = None  # channels of a head; None: n_embd / n_head
+    qk_norm: bool = False  # RMS-normalize queries and keys
+    tie_embeddings: bool = True  # output layer = input embedding (Press & Wolf 2017)
+
+    def __post_init__(self):
+        sizes = "vocab_size block_size n_layer n_head n_embd n_hidden n_kv_head head_size"
+        require_at_least(self, 1, sizes)
+        require_fraction(self, "dropout")
+        for key in ("norm_eps", "rope_theta"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
+        require_choice("norm", self.norm, NORMS)
+        require_choice("position", self.position, POSITIONS)
+        require_choice("mlp", self.mlp, MLPS)
+        self._fill_in()
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}")
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(f"head_size={self.head_size}: position='rotary' needs an even one")
+
+    def _fill_in(self):
+        """Replace each None by what follows from other keys: a config says all of its shape."""
+        if self.head_size is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                "change one of them, or give head_size"
+            )
+        derived = {
+            "head_size": self.n_embd // self.n_head,
+            "n_kv_head": self.n_head,
+            "n_hidden": MLPS[self.mlp].func.hidden_size(self.n_embd),
+        }
+        for key, value in derived.items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)  # the dataclass is frozen for everyone else
+
+
+def require_at_least(config: object, minimum: float, keys: str) -> None:
+    """Raise ValueError for the first of the keys (words of a string) that is below the minimum."""
+    for key in keys.split():
+        value = getattr(config, key)
+        if value is not None and value < minimum:
+            raise ValueError(f"{key}={value}: must be at least {minimum}")
+
+
+def require_fraction(config: object, keys: str) -> None:
+    """Raise ValueError for the first of the keys that is not at least 0 and below 1."""
+    for key in keys.split():
+        if not 0 <= getattr(config, key) < 1:
+            raise ValueError(f"{key}={getattr(config, key)}: must be at least 0 and below 1")
+
+
+def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{key}={value!r}: choose one of {', '.join(choices)}")
+
+
+class MLP(nn.Module):
+    """down(activation(up x)): each position by itself (Vaswani et al. 2017, section 3.3)."""
+
+    @staticmethod
+    def hidden_size(n_embd: int) -> int:
+        """How many channels it has inside, unless told otherwise."""
+        return 4 * n_embd
+
+    def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class GatedMLP(MLP):
+    """down(activation(gate x) * up x): the gate says how much of each channel (Shazeer 2020)."""
+
+    @staticmethod
+    def hidden_size(n_embd: int) -> int:
+        """Two thirds of an ungated one, in multiples of 64: about as many weights."""
+        return math.ceil(n_embd * 8 / 3 / 64) * 64
+
+    def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]):
+        super().__init__(config, activation)
+        self.gate = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x), Phi being the normal distribution, in the tanh form that GPT-2 uses.
+
+    Hendrycks & Gimpel 2016, section 2.
+    """
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al. 2021)."""
+    return F.relu(x).square()
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang & Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Under autocast x may be narrower than the weight, and PyTorch's kernel wants them alike.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def layer_norm(config: ModelConfig) -> nn.Module:
+    """Mean 0, variance 1 over the channels, then a learned scale and shift (Ba et al. 2016)."""
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+def rms_norm(config: ModelConfig) -> nn.Module:
+    """Root mean square 1 over the channels, then a learned scale (Zhang & Sennrich 2019)."""
+    return RMSNorm(config.n_embd, eps=config.norm_eps)
+
+
+def sinusoids(length: int, n_embd: int) -> Tensor:
+    """A wave per pair of channels: sin and cos of pos / 10000^(2i / C) at channels 2i and 2i + 1.
+
+    Returns (length, n_embd). Vaswani et al. 2017, section 3.5.
+    """
+    positions = torch.arange(length).float()[:, None]  # (length, 1)
+    frequencies = 10000.0 ** (-torch.arange(0, n_embd, 2).float() / n_embd)  # (ceil(C / 2),)
+    waves = torch.stack(((positions * frequencies).sin(), (positions * frequencies).cos()), dim=-1)
+    return waves.flatten(1)[:, :n_embd]  # interleaved; an odd width loses the last cosine
+
+
+NORMS = {"layer": layer_norm, "rms": rms_norm}
+MLPS = {
+    "gelu": partial(MLP, activation=gelu),
+    "swiglu": partial(GatedMLP, activation=F.silu),  # silu(x) = x sigmoid(x)
+    "relu2": partial(MLP, activation=relu2),
+}
+POSITIONS = ("learned", "sinusoidal", "rotary")
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each added to the residual stream after a norm of its input."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm = NORMS[config.norm](config)
+        self.attn = MultiHeadAttention(
+            config.n_embd,
+            config.n_head,
+            n_kv_head=config.n_kv_head,
+            head_size=config.head_size,
+            bias=config.bias,
+            dropout=config.dropout,
+            qk_norm=partial(RMSNorm, eps=config.norm_eps) if config.qk_norm else nn.Identity,
+        )
+        self.mlp_norm = NORMS[config.norm](config)
+        self.mlp = MLPS[config.mlp](config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """x: (B, T, C) -> (B, T, C); angles and cache as in MultiHeadAttention."""
+        x = x + self.dropout(self.attn(self.attn_norm(x), angles=angles, cache=cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
