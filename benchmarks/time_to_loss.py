@@ -56,7 +56,8 @@ def full_loss(model: torch.nn.Module, dataset: Dataset) -> float:
     """The loss of nanoGPT's model on each token of the validation text but the first, once."""
     shape = {"batch_size": 64, "block_size": model.config.block_size}
     batches = (
-        tuple(map(torch.from_numpy, pair)) for pair in evaluation_batches(dataset.val, **shape)
+        {"idx": torch.from_numpy(batch["ids"]), "targets": torch.from_numpy(batch["targets"])}
+        for batch in evaluation_batches(dataset.val, **shape)
     )
     return evaluate(model, batches, autocast=Engine("cpu", "float32", compile=False).autocast)
 

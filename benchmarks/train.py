@@ -28,6 +28,7 @@ from benchmarks.compare import (
     write,
 )
 from benchmarks.nanogpt import model_module
+from nanolm.batches import Batch
 from nanolm.model import GPT, flops_per_token
 from nanolm.precision import Engine, choose_engine, find_hardware
 from nanolm.runs.settings import TrainConfig
@@ -44,11 +45,12 @@ VOCABULARY = {"gpt2": 50304}  # as nanoGPT pads it; characters otherwise
 DROPOUT = {"baby": 0.2}  # as in its config
 
 
-def batches(config: TrainConfig, n: int = 8) -> list[tuple[np.ndarray, np.ndarray]]:
+def batches(config: TrainConfig, n: int = 8) -> list[Batch]:
     """Random ids and targets, the same for everyone."""
     random = np.random.default_rng(0)
     shape = (n, 2, config.batch_size, config.block_size)
-    return [(ids, targets) for ids, targets in random.integers(config.vocab_size, size=shape)]
+    pairs = random.integers(config.vocab_size, size=shape)
+    return [{"ids": ids, "targets": targets} for ids, targets in pairs]
 
 
 def nanolm_updates(config: TrainConfig, engine: Engine, n: int) -> Callable[[], None]:
@@ -83,7 +85,7 @@ def nanogpt_updates(
 
     def run() -> None:
         for i in range(n):
-            ids, targets = (torch.from_numpy(part) for part in data[i % len(data)])
+            ids, targets = map(torch.from_numpy, data[i % len(data)].values())
             if gpu:
                 ids, targets = (
                     part.pin_memory().to(engine.device, non_blocking=True)

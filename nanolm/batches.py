@@ -14,6 +14,9 @@ import numpy as np
 
 from nanolm.loss import NO_TARGET
 
+# The arguments of a model's forward by name; "targets" are always among them.
+Batch = dict[str, np.ndarray]
+
 
 def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     """How many windows of block_size inputs, each with its targets, an epoch cuts out of n_tokens.
@@ -40,10 +43,10 @@ def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.nd
 
 def training_batch(
     tokens: np.ndarray, index: int, *, batch_size: int, block_size: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Micro-batch number index of a run.
+) -> Batch:
+    """Micro-batch number index of a run: "ids" and their "targets", the next ids.
 
-    Ids and their targets, the next ids, (B, T) int64 each.
+    (B, T) int64 each.
     """
     n = windows_per_epoch(len(tokens), block_size)
     numbers = range(index * batch_size, (index + 1) * batch_size)
@@ -51,17 +54,17 @@ def training_batch(
     windows = tokens[np.add.outer(starts, np.arange(block_size + 1))].astype(
         np.int64
     )  # (B, T + 1)
-    return windows[:, :-1], windows[:, 1:]
+    return {"ids": windows[:, :-1], "targets": windows[:, 1:]}
 
 
 def evaluation_batches(
     tokens: np.ndarray, *, batch_size: int, block_size: int, n_batches: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[Batch]:
     """Fixed windows that never overlap: all, or n_batches batches spread evenly over the split.
 
-    Yields ids and targets, (B, T) int64 each. The whole split predicts each token but the first
-    exactly once: what is missing in the last window and in the last batch is filled up with
-    NO_TARGET.
+    Yields "ids" and "targets", (B, T) int64 each. The whole split predicts each token but the
+    first exactly once: what is missing in the last window and in the last batch is filled up
+    with NO_TARGET.
     """
     starts = np.arange(0, len(tokens) - 1, block_size)
     if 0 < n_batches * batch_size < len(starts):
@@ -74,7 +77,7 @@ def evaluation_batches(
             window = tokens[start : start + block_size + 1]
             ids[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]
-        yield ids, targets
+        yield {"ids": ids, "targets": targets}
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:

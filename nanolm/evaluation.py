@@ -18,14 +18,14 @@ from nanolm.loss import NO_TARGET
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[dict[str, Tensor]],
     *,
     autocast: Callable[[], torch.autocast],
     add_up: Callable[..., list[float]] = lambda *numbers: list(numbers),
 ) -> float:
     """Mean loss over all targets that are not -1, in nats.
 
-    batches: ids and targets, (B, T) each, on the model's device; where several processes share
+    batches: the arguments of forward, on the model's device; where several processes share
     them, those of this one, and add_up gives the sums of its arguments over all processes. Draws
     no random numbers, and puts the model back in the mode it was in. Raises ValueError where there
     is no target at all.
@@ -33,10 +33,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = []  # stay on the device: reading each one would make it wait
-    for ids, targets in batches:
+    for batch in batches:
         with autocast():
-            _, loss = model(ids, targets)
-        n = (targets != NO_TARGET).sum()
+            _, loss = model(**batch)
+        n = (batch["targets"] != NO_TARGET).sum()
         sums.append(torch.stack((loss * n, n)))
     model.train(was_training)
     sums = torch.stack(sums).tolist() if sums else [[0.0, 0.0]]

@@ -76,12 +76,13 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=DTYPES[self.dtype])
 
-    def move(self, ids: np.ndarray, targets: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def move(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """The arrays as tensors on the device; to a GPU from pinned memory, without waiting."""
-        tensors = (torch.from_numpy(ids), torch.from_numpy(targets))
-        if self.device_type == "cuda":
-            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
-        return tuple(t.to(self.device) for t in tensors)
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        gpu = self.device_type == "cuda"
+        if gpu:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return {name: t.to(self.device, non_blocking=gpu) for name, t in tensors.items()}
 
 
 def choose_engine(

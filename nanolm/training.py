@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanolm.batches import Batch
 from nanolm.loss import NO_TARGET
 from nanolm.model import GPT
 from nanolm.parallel import ALONE, World
 from nanolm.precision import Engine
 
-Batch = tuple[np.ndarray, np.ndarray]  # ids and targets, (B, T) each
 MAX_SKIPPED = 3  # non-finite updates in a row before a run gives up
 
 
@@ -84,21 +84,20 @@ def dropout_seed(seed: int, step: int, micro_step: int) -> int:
 
 
 @dataclass(frozen=True)
-class Share:
+class MicroBatch:
     """A micro-batch on the device."""
 
     number: int  # among the micro-batches of its update
-    ids: torch.Tensor  # (B, T)
-    targets: torch.Tensor  # (B, T)
+    batch: dict[str, torch.Tensor]  # the arguments of forward
     weight: float  # its part of the update's targets
 
 
-def deal(micro_batches: Iterable[Batch], engine: Engine, world: World = ALONE) -> list[Share]:
+def deal(micro_batches: Iterable[Batch], engine: Engine, world: World = ALONE) -> list[MicroBatch]:
     """The micro-batches of an update that are this process's: every world.size-th of them."""
     micro_batches = list(micro_batches)
-    n_targets = [int((targets != NO_TARGET).sum()) for _, targets in micro_batches]
+    n_targets = [int((batch["targets"] != NO_TARGET).sum()) for batch in micro_batches]
     return [
-        Share(j, *engine.move(*micro_batches[j]), n_targets[j] / max(1, sum(n_targets)))
+        MicroBatch(j, engine.move(micro_batches[j]), n_targets[j] / max(1, sum(n_targets)))
         for j in range(world.rank, len(micro_batches), world.size)
     ]
 
@@ -121,30 +120,35 @@ class Prefetch:
         """Deal the micro-batches of update number step, if there is one: end updates are made."""
         self.ahead = {step: self.deal(step)} if step < self.end else {}
 
-    def take(self, step: int) -> list[Share]:
+    def take(self, step: int) -> list[MicroBatch]:
         """The micro-batches of update number step, prepared or not."""
         return self.ahead.pop(step, None) or self.deal(step)
 
 
 def accumulate_gradients(
-    state: TrainState, shares: list[Share], engine: Engine, *, seed: int, world: World = ALONE
+    state: TrainState,
+    micro_batches: list[MicroBatch],
+    engine: Engine,
+    *,
+    seed: int,
+    world: World = ALONE,
 ) -> torch.Tensor:
     """Add the gradient of the update's mean loss to the parameters.
 
-    Of several processes, each has its own shares; after the last one DDP adds up the gradients of
-    all (it would after each one: no_sync holds it back, around forward and backward). Returns this
-    process's part of the loss, on the device.
+    Of several processes, each has its own micro-batches; after the last one DDP adds up the
+    gradients of all (it would after each one: no_sync holds it back, around forward and backward).
+    Returns this process's part of the loss, on the device.
     """
     loss = torch.zeros((), device=engine.device)
-    for share in shares:
-        torch.manual_seed(dropout_seed(seed, state.step, share.number))
-        alone = world.size == 1 or share is shares[-1]
+    for micro_batch in micro_batches:
+        torch.manual_seed(dropout_seed(seed, state.step, micro_batch.number))
+        alone = world.size == 1 or micro_batch is micro_batches[-1]
         with nullcontext() if alone else state.forward.no_sync():
             with engine.autocast():
-                _, micro_loss = state.forward(share.ids, share.targets)
+                _, micro_loss = state.forward(**micro_batch.batch)
             # DDP takes the mean over the processes, where the sum is wanted
-            state.scaler.scale(micro_loss * (share.weight * world.size)).backward()
-        loss += micro_loss.detach() * share.weight
+            state.scaler.scale(micro_loss * (micro_batch.weight * world.size)).backward()
+        loss += micro_loss.detach() * micro_batch.weight
     return loss
 
 
@@ -155,16 +159,15 @@ def settle_gradients(state: TrainState, batch: Batch, engine: Engine) -> None:
     of three numbers depend on their order; after this, every update, also the first after
     resuming, adds up alike.
     """
-    ids, targets = engine.move(*batch)
     with engine.autocast():
-        _, loss = state.forward(ids, targets)
+        _, loss = state.forward(**engine.move(batch))
     loss.backward()
     state.optimizer.zero_grad(set_to_none=True)
 
 
 def update(
     state: TrainState,
-    shares: list[Share],
+    micro_batches: list[MicroBatch],
     engine: Engine,
     *,
     learning_rate: float,
@@ -184,7 +187,7 @@ def update(
     """
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    loss = accumulate_gradients(state, shares, engine, seed=seed, world=world)
+    loss = accumulate_gradients(state, micro_batches, engine, seed=seed, world=world)
     message = world.sum_up(loss, flags())
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)

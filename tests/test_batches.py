@@ -48,9 +48,8 @@ def test_a_text_of_one_window_is_enough():
 def test_a_batch_is_windows_of_the_text_and_their_next_tokens(n, block_size, seed, batch, index):
     assume(n > block_size)
     tokens = np.arange(n)  # each token tells its place
-    ids, targets = training_batch(
-        tokens, index, batch_size=batch, block_size=block_size, seed=seed
-    )
+    shape = {"batch_size": batch, "block_size": block_size, "seed": seed}
+    ids, targets = training_batch(tokens, index, **shape).values()
     assert ids.shape == targets.shape == (batch, block_size)
     assert ids.dtype == targets.dtype == np.int64
     assert np.all(np.diff(ids, axis=1) == 1)
@@ -65,7 +64,7 @@ def test_an_epoch_of_batches_shows_each_window_once(n, block_size, seed, batch):
     firsts = [
         start
         for index in range(-(-2 * windows // batch))
-        for start in training_batch(np.arange(n), index, **shape)[0][:, 0]
+        for start in training_batch(np.arange(n), index, **shape)["ids"][:, 0]
     ]
     for epoch in range(2):  # a batch may span both
         seen = firsts[epoch * windows : (epoch + 1) * windows]
@@ -82,7 +81,8 @@ def test_a_batch_depends_on_its_number_alone_and_not_on_what_was_asked_before(se
     epoch_starts.cache_clear()
     for index in range(6):
         again = training_batch(tokens, index, **shape)
-        assert all(np.array_equal(a, b) for a, b in zip(batches[index], again, strict=True))
+        assert again.keys() == batches[index].keys() == {"ids", "targets"}
+        assert all(np.array_equal(again[name], batches[index][name]) for name in again)
 
 
 def test_seeds_and_epochs_order_the_windows_differently():
@@ -94,7 +94,8 @@ def test_seeds_and_epochs_order_the_windows_differently():
 def test_a_whole_evaluation_predicts_every_token_but_the_first_once(n, block_size, batch):
     tokens = np.arange(n)
     seen = []
-    for ids, targets in evaluation_batches(tokens, batch_size=batch, block_size=block_size):
+    for part in evaluation_batches(tokens, batch_size=batch, block_size=block_size):
+        ids, targets = part["ids"], part["targets"]
         assert ids.shape == targets.shape == (batch, block_size)
         real = targets != NO_TARGET
         assert np.all(targets[real] == ids[real] + 1)
@@ -108,7 +109,7 @@ def test_a_part_of_an_evaluation_is_as_large_as_asked_and_spread_out(n, block_si
     shape = {"batch_size": batch, "block_size": block_size}
     windows = -(-(n - 1) // block_size)
     batches = list(evaluation_batches(tokens, **shape, n_batches=count))
-    starts = [i for ids, targets in batches for i in ids[targets[:, 0] != NO_TARGET, 0]]
+    starts = [i for part in batches for i in part["ids"][part["targets"][:, 0] != NO_TARGET, 0]]
     assert len(starts) == min(windows, count * batch)
     assert len(set(starts)) == len(starts)
     gaps = np.diff([*starts, windows * block_size])

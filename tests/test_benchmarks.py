@@ -38,8 +38,8 @@ class GPT(torch.nn.Module):
         print("using fused AdamW")
         return torch.optim.AdamW(self.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
 
-    def forward(self, ids, targets):
-        z = self.table(ids)
+    def forward(self, idx, targets):
+        z = self.table(idx)
         return z, F.cross_entropy(z.view(-1, z.shape[-1]), targets.view(-1), ignore_index=-1)
 
     def generate(self, ids, n, temperature, top_k):

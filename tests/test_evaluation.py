@@ -18,8 +18,8 @@ CONFIG = ModelConfig(vocab_size=11, block_size=7, n_layer=1, n_head=1, n_embd=6,
 
 
 def batches(tokens, batch_size, block_size=7):
-    for ids, targets in evaluation_batches(tokens, batch_size=batch_size, block_size=block_size):
-        yield torch.from_numpy(ids), torch.from_numpy(targets)
+    for batch in evaluation_batches(tokens, batch_size=batch_size, block_size=block_size):
+        yield {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 @settings(deadline=None, max_examples=20)
@@ -33,7 +33,7 @@ def test_the_loss_is_the_mean_over_tokens_however_they_are_batched(n, one, other
     model.eval()
     surprise = [
         -torch.log_softmax(model(ids[row : row + 1])[0], -1)[0, i, targets[row, i]].item()
-        for ids, targets in batches(tokens, 1)
+        for ids, targets in (batch.values() for batch in batches(tokens, 1))
         for row in range(len(ids))
         for i in range(7)
         if targets[row, i] >= 0
@@ -57,7 +57,7 @@ def test_evaluation_leaves_mode_and_random_numbers_alone():
 
 
 def test_nothing_to_evaluate_is_an_error():
-    empty = [(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -1))]
+    empty = [{"ids": torch.zeros(2, 3, dtype=torch.long), "targets": torch.full((2, 3), -1)}]
     for nothing in (empty, []):
         with pytest.raises(ValueError, match="nothing to evaluate"):
             evaluate(GPT(CONFIG), nothing, autocast=nullcontext)

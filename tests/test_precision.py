@@ -96,7 +96,7 @@ def test_autocast_runs_matrix_products_in_the_precision(dtype):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_batches_arrive_on_the_device_unchanged(device):
     ids, targets = np.arange(6).reshape(2, 3), np.full((2, 3), -1)
-    moved = Engine(device, "float32", compile=False).move(ids, targets)
-    assert [t.device.type for t in moved] == [device, device]
-    assert np.array_equal(moved[0].cpu(), ids)
-    assert np.array_equal(moved[1].cpu(), targets)
+    moved = Engine(device, "float32", compile=False).move({"ids": ids, "targets": targets})
+    assert [t.device.type for t in moved.values()] == [device, device]
+    assert np.array_equal(moved["ids"].cpu(), ids)
+    assert np.array_equal(moved["targets"].cpu(), targets)

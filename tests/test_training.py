@@ -40,7 +40,7 @@ def random_batch(seed, batch_size=4, vocab_size=11, block_size=7, hidden=0.0):
     """Ids and targets; a share of the targets is hidden (-1)."""
     random = np.random.default_rng(seed)
     ids, targets = random.integers(vocab_size, size=(2, batch_size, block_size))
-    return ids, np.where(random.random(targets.shape) < hidden, -1, targets)
+    return {"ids": ids, "targets": np.where(random.random(targets.shape) < hidden, -1, targets)}
 
 
 def gradients(state, micro_batches):
@@ -52,10 +52,10 @@ def gradients(state, micro_batches):
 @given(st.integers(0, 999), st.sampled_from([0.0, 0.3, 0.9, 1.0]))
 def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(seed, hidden):
     """Also where the targets are spread unevenly over them, and where one has none."""
-    ids, targets = random_batch(seed, hidden=hidden)
-    targets[2] = -1
-    loss, whole = gradients(new_state(), [(ids, targets)])
-    rows = [(ids[i : i + 1], targets[i : i + 1]) for i in range(4)]
+    batch = random_batch(seed, hidden=hidden)
+    batch["targets"][2] = -1
+    loss, whole = gradients(new_state(), [batch])
+    rows = [{name: part[i : i + 1] for name, part in batch.items()} for i in range(4)]
     cut_loss, cut = gradients(new_state(), rows)
     assert cut_loss == pytest.approx(loss, abs=1e-5)
     for a, b in zip(whole, cut, strict=True):
@@ -76,8 +76,8 @@ def test_prefetching_gives_what_dealing_gives_whatever_was_prepared(calls, size)
             continue
         for ours, share in zip(prefetch.take(step), deal(batches[step], CPU, world), strict=True):
             assert (ours.number, ours.weight) == (share.number, share.weight)
-            assert torch.equal(ours.ids, share.ids)
-            assert torch.equal(ours.targets, share.targets)
+            for name in ("ids", "targets"):
+                assert torch.equal(ours.batch[name], share.batch[name])
     assert len(dealt) <= len(calls)
 
 
@@ -254,7 +254,7 @@ def copy_batch(step):
     text = np.concatenate((half, half), axis=1)
     targets = text[:, 1:].copy()
     targets[:, :5] = -1
-    return [(text[:, :-1], targets)]
+    return [{"ids": text[:, :-1], "targets": targets}]
 
 
 def test_a_copy_task_is_learned_in_under_100_updates():

@@ -5,14 +5,15 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nanolm.batches import check_ids, evaluation_batches, training_batch
+from nanolm.batches import Batch
 from nanolm.evaluation import bits_per_byte, evaluate, perplexity
 from nanolm.model import count_parameters, flops_per_token
 from nanolm.parallel import World
@@ -24,9 +25,10 @@ from nanolm.runs.settings import TrainConfig
 from nanolm.sampling import generate
 from nanolm.system.files import sync, write_text
 from nanolm.system.signals import SIGNALS, STOP, Noted, Stopped, noting
+from nanolm.tasks.causal import CausalTask
 from nanolm.text.data import Dataset
 from nanolm.text.tokenizer import TOKENIZER_FILE
-from nanolm.training import Batch, NotFinite, TrainState, train
+from nanolm.training import NotFinite, TrainState, train
 
 # What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
 CPU_FLOPS_PER_THREAD = 2e10
@@ -170,46 +172,36 @@ class Run:
         )
         print(f"          sample from it with: python sample.py --out_dir={self.folder}")
 
+    @cached_property
+    def task(self) -> CausalTask:
+        """What the model is trained for."""
+        keys = {field.name: getattr(self.config, field.name) for field in fields(CausalTask)}
+        return CausalTask(**keys)
+
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """The data of an update."""
-        config, n = self.config, self.config.gradient_accumulation_steps
-        shape = {"batch_size": config.batch_size, "block_size": config.block_size}
+        n = self.config.gradient_accumulation_steps
         for i in range(step * n, (step + 1) * n):
-            yield self.checked(training_batch(self.dataset.train, i, **shape, seed=config.seed))
-
-    def checked(self, batch: Batch) -> Batch:
-        """The batch, if the model has an embedding for each of its ids."""
-        for ids in batch:
-            check_ids(ids, self.config.vocab_size)
-        return batch
+            yield self.task.batch(self.dataset, i)
 
     def evaluate(self) -> dict[str, float]:
-        """The loss on fixed windows of both splits, and the validation loss as bits per byte."""
-        config = self.config
-        whole = math.ceil((len(self.dataset.val) - 1) / config.block_size / config.batch_size)
+        """The loss on fixed batches of both splits, and what else the task makes of it."""
         losses = {}
-        for split, n in (("train", config.eval_iters or whole), ("val", config.eval_iters)):
-            batches = evaluation_batches(
-                getattr(self.dataset, split),
-                batch_size=config.batch_size,
-                block_size=config.block_size,
-                n_batches=n,
-            )
+        for split in ("train", "val"):
             losses[f"{split}_loss"] = evaluate(
                 self.state.model,
-                self.my_share(batches),
+                self.my_share(self.task.evaluation(self.dataset, split)),
                 autocast=self.engine.autocast,
                 add_up=self.world.add_up,
             )
-        bpb = bits_per_byte(losses["val_loss"], self.dataset.bytes_per_token)
-        return {**losses, "bits_per_byte": bpb}
+        return losses | self.task.score(losses["val_loss"], self.dataset)
 
-    def my_share(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    def my_share(self, batches: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
         """Of every world.size batches one, on the device; Stopped where a signal has come."""
         while turn := list(islice(batches, self.world.size)):
             heed(self.world, self.noted)  # an evaluation can take longer than a scheduler waits
             if self.world.rank < len(turn):
-                yield self.engine.move(*self.checked(turn[self.world.rank]))
+                yield self.engine.move(turn[self.world.rank])
 
     def evaluate_and_save(self) -> None:
         """Evaluate, write a checkpoint (not of step 0), redraw the loss, show a sample.
@@ -300,11 +292,7 @@ class Run:
     def sample(self) -> str:
         """How the model begins a document now; with characters, a line."""
         tokenizer, device = self.dataset.tokenizer, self.engine.device
-        end = tokenizer.end_of_text
-        try:
-            start = tokenizer.encode("\n") if end is None else [end]
-        except ValueError:  # an alphabet without line ends
-            start = [0]
+        end, start = tokenizer.end_of_text, self.task.opening(tokenizer)
         self.state.model.eval()
         stream = generate(
             self.state.model,

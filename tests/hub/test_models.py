@@ -310,7 +310,7 @@ def validation_loss(theirs: torch.nn.Module, dataset: str, block_size: int) -> f
     """The loss of a model of transformers on a dataset's whole validation text."""
     tokens, total = open_dataset(dataset).val, 0.0
     for batch in evaluation_batches(tokens, batch_size=2, block_size=block_size):
-        ids, targets = map(torch.from_numpy, batch)
+        ids, targets = map(torch.from_numpy, batch.values())
         logits = theirs(ids).logits.flatten(0, 1)
         total += cross_entropy(logits, targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
     return total.item() / (len(tokens) - 1)

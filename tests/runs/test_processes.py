@@ -249,7 +249,7 @@ def evaluate_watched(*arguments: str) -> None:
     def watched(model, batches, **options):
         batches = list(batches)
         with open(f"batches{os.environ['RANK']}.jsonl", "a") as file:
-            print(json.dumps([ids.tolist() for ids, _ in batches]), file=file)
+            print(json.dumps([batch["ids"].tolist() for batch in batches]), file=file)
         return evaluate(model, batches, **options)
 
     run.evaluate = watched
@@ -273,7 +273,7 @@ def test_processes_share_an_evaluation(size, eval_iters):
         shares = [json.loads(line[i]) for line in lines]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         together = sorted(batch for share in shares for batch in share)
-        assert together == sorted(ids.tolist() for ids, _ in batches)
+        assert together == sorted(batch["ids"].tolist() for batch in batches)
 
 
 def test_only_the_first_process_speaks_and_writes():

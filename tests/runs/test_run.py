@@ -46,10 +46,10 @@ def batches_seen(monkeypatch) -> list:
 
     def recorded(*arguments, **keys):
         batch = training_batch(*arguments, **keys)
-        seen.append(torch.from_numpy(batch[0]))
+        seen.append(torch.from_numpy(batch["ids"]))
         return batch
 
-    monkeypatch.setattr("nanolm.runs.run.training_batch", recorded)
+    monkeypatch.setattr("nanolm.tasks.causal.training_batch", recorded)
     return seen
 
 
