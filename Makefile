@@ -14,7 +14,7 @@ test: .venv/ready
 
 # Those of the book alone: what a learner runs after a change.
 test-book: .venv/ready
-	$(PYTHON) -m pytest $(patsubst nanolm/%,tests/test_%,$(filter-out %__init__.py,$(wildcard nanolm/*.py)))
+	$(PYTHON) -m pytest $(wildcard $(patsubst nanolm/%,tests/test_%,$(wildcard nanolm/*.py)))
 
 # The same with the large counts, too.
 test-long: .venv/ready
