@@ -6,13 +6,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanolm.batches import (
-    NO_TARGET,
     check_ids,
     epoch_starts,
     evaluation_batches,
     training_batch,
     windows_per_epoch,
 )
+from nanolm.loss import NO_TARGET
 
 lengths = st.integers(2, 400)
 block_sizes = st.integers(1, 50)

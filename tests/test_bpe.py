@@ -106,7 +106,7 @@ def test_fast_learning_is_textbook_learning_in_any_order_of_the_pieces(pieces, n
 @given(corpora)
 def test_learning_goes_on_until_each_piece_is_one_token_of_its_own_bytes(pieces):
     """And no two merges make the same bytes, or there would be no rank for each."""
-    tokens = tokens_of(list(learn_merges(Counter(pieces), 10_000)))
+    tokens = tokens_of(learn_merges(Counter(pieces), 10_000))
     assert {piece.encode() for piece in pieces if piece} <= set(tokens)
     assert len(set(tokens)) == len(tokens)
 

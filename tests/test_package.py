@@ -104,6 +104,14 @@ def test_the_book_is_closed_and_a_chapter_imports_only_chapters_above_it():
         assert GRAPH[chapter] <= set(chapters()[:i]), chapter
 
 
+def test_the_model_knows_nothing_of_files_devices_and_optimizers():
+    assert GRAPH["attention"] == set()
+    assert GRAPH["loss"] == set()
+    assert GRAPH["layers"] == {"attention"}
+    assert GRAPH["model"] == {"attention", "layers", "loss"}
+    assert GRAPH["sampling"] == set()
+
+
 @pytest.mark.parametrize("module", [name for name in PATHS if room_of(name) != "book"])
 def test_a_room_imports_only_what_it_may(module):
     room = room_of(module)

@@ -77,10 +77,10 @@ def test_this_machine_is_described():
 
 
 def test_a_missing_compiler_is_noticed(monkeypatch):
-    from nanolm import precision as engine
+    from nanolm import precision
 
-    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(precision.shutil, "which", lambda name: None)
+    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: None)
     hardware = find_hardware()
     assert not hardware.compiler
     assert not hardware.triton

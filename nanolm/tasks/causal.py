@@ -23,17 +23,20 @@ class CausalTask:
     seed: int  # of the order of the windows
     eval_iters: int = 0  # batches of an evaluation of a split; 0: all of val, as many of train
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """That of every batch."""
+        return {"batch_size": self.batch_size, "block_size": self.block_size}
+
     def batch(self, dataset: Dataset, index: int) -> Batch:
         """Micro-batch number index of a run. Raises ValueError for ids outside the vocabulary."""
-        shape = {"batch_size": self.batch_size, "block_size": self.block_size}
-        return self.checked(training_batch(dataset.train, index, **shape, seed=self.seed))
+        return self.checked(training_batch(dataset.train, index, **self.shape, seed=self.seed))
 
     def evaluation(self, dataset: Dataset, split: str) -> Iterator[Batch]:
         """The batches on which a split, "train" or "val", is evaluated: each time the same."""
-        shape = {"batch_size": self.batch_size, "block_size": self.block_size}
         whole = math.ceil((len(dataset.val) - 1) / self.block_size / self.batch_size)
         n = self.eval_iters or (whole if split == "train" else 0)
-        for batch in evaluation_batches(getattr(dataset, split), **shape, n_batches=n):
+        for batch in evaluation_batches(getattr(dataset, split), **self.shape, n_batches=n):
             yield self.checked(batch)
 
     def checked(self, batch: Batch) -> Batch:

@@ -27,10 +27,11 @@ from safetensors.torch import load_file
 from strategies import scramble
 from torch.nn.functional import cross_entropy
 
-from nanolm.batches import NO_TARGET, evaluation_batches
+from nanolm.batches import evaluation_batches
 from nanolm.hub.models import CONFIG, INDEX, WEIGHTS, export_model, load_pretrained
 from nanolm.hub.tokenizers import write_tokenizer
 from nanolm.layers import ModelConfig
+from nanolm.loss import NO_TARGET
 from nanolm.model import GPT
 from nanolm.runs.load import load_model
 from nanolm.text.data import open_dataset
