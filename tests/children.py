@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from conftest import ROOT
 
-from nanolm.runs import metrics
+from nanolm.runs import log as metrics
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import run_script
 

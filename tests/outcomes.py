@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nanolm.runs.checkpoint import BEST, load, step_files, step_of
-from nanolm.runs.metrics import read_metrics
+from nanolm.runs.log import read_metrics
 
 WAYS = ("out_dir", "init_from", "overwrite")  # keys that say only how a run was started
 

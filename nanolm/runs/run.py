@@ -18,7 +18,8 @@ from nanolm.evaluation import bits_per_byte, evaluate, perplexity
 from nanolm.model import count_parameters, flops_per_token
 from nanolm.parallel import World
 from nanolm.precision import Engine
-from nanolm.runs import checkpoint, metrics
+from nanolm.runs import checkpoint
+from nanolm.runs import log as metrics
 from nanolm.runs.folder import METRICS_FILE, PICTURE, RUN_FILE
 from nanolm.runs.processes import from_first, heed
 from nanolm.runs.settings import TrainConfig

@@ -56,7 +56,7 @@ EIGHT_UPDATES = [
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr("nanolm.runs.metrics.draw_losses", lambda *_, **__: False)
+    monkeypatch.setattr("nanolm.runs.log.draw_losses", lambda *_, **__: False)
 
 
 def assert_tidy(folder: str | Path, *, keep: int, also: tuple[str, ...] = ()) -> None:
@@ -365,7 +365,7 @@ def stopped_place(trained_place, tmp_path_factory) -> Path:
     shutil.copytree(trained_place, place, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr("nanolm.runs.metrics.draw_losses", lambda *_, **__: False)
+        patch.setattr("nanolm.runs.log.draw_losses", lambda *_, **__: False)
         train(*EIGHT_UPDATES, "--out_dir=out/whole")
         train(*EIGHT_UPDATES, "--max_iters=6")
     return place

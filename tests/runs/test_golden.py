@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from nanolm.runs.checkpoint import load
 from nanolm.runs.folder import check_content, load_trained
-from nanolm.runs.metrics import read_metrics
+from nanolm.runs.log import read_metrics
 from nanolm.runs.prepare import prepare
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import start_run
@@ -29,7 +29,7 @@ RUN = json.loads((GOLDEN / "run.json").read_text(encoding="utf-8"))
 @pytest.fixture
 def golden_text(workplace, monkeypatch) -> Path:
     """The current folder, with data/golden."""
-    monkeypatch.setattr("nanolm.runs.metrics.draw_losses", lambda *_, **__: False)
+    monkeypatch.setattr("nanolm.runs.log.draw_losses", lambda *_, **__: False)
     prepare("golden", inputs=(str(GOLDEN / "text.txt"),))
     return workplace
 

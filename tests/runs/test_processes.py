@@ -33,7 +33,7 @@ from nanolm.batches import evaluation_batches
 from nanolm.parallel import ALONE, World
 from nanolm.precision import Engine
 from nanolm.runs import checkpoint, run, start
-from nanolm.runs.metrics import read_metrics
+from nanolm.runs.log import read_metrics
 from nanolm.runs.processes import (
     choose_backend,
     find_world,

@@ -14,7 +14,7 @@ from outcomes import cut, frozen, numbers
 from nanolm import sampling
 from nanolm.batches import training_batch
 from nanolm.runs.checkpoint import load
-from nanolm.runs.metrics import draw_losses
+from nanolm.runs.log import draw_losses
 from nanolm.runs.prepare import prepare
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import start_run
@@ -25,7 +25,7 @@ from nanolm.text.tokenizer import load_tokenizer
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr("nanolm.runs.metrics.draw_losses", lambda *_, **__: False)
+    monkeypatch.setattr("nanolm.runs.log.draw_losses", lambda *_, **__: False)
 
 
 def train(*arguments: str) -> Path:
@@ -167,7 +167,7 @@ def test_evaluation_never_changes_training(tiny_run):
 
 def test_a_run_leaves_its_files_and_no_others(tiny_run, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("nanolm.runs.metrics.draw_losses", draw_losses)
+    monkeypatch.setattr("nanolm.runs.log.draw_losses", draw_losses)
     folder = train("--keep_checkpoints=1")
     names = {"run.json", "nanolm_tokenizer.json", "metrics.jsonl", "loss.png"}
     names |= {"step_00000004.pt", "best.pt"}

@@ -17,7 +17,7 @@ STORY = "Hi."
 def storyteller(workplace, run_main, monkeypatch) -> None:
     """The current folder, with a run that has learned one very short story."""
     # drawing takes longer
-    monkeypatch.setattr("nanolm.runs.metrics.draw_losses", lambda *_, **__: False)
+    monkeypatch.setattr("nanolm.runs.log.draw_losses", lambda *_, **__: False)
     Path("a.jsonl").write_text(f'{{"text": "{STORY}"}}\n' * 200)
     run_main("prepare", "stories", "--input=a.jsonl", "--tokenizer=bpe:257")
     keys = ("--max_iters=100", "--learning_rate=0.05", "--eval_interval=100", "--batch_size=8")

@@ -32,7 +32,7 @@ from nanolm import training
 from nanolm.runs import run
 from nanolm.runs import start as run_start
 from nanolm.runs.checkpoint import load, step_files, step_of
-from nanolm.runs.metrics import read_metrics
+from nanolm.runs.log import read_metrics
 from nanolm.system import signals
 from nanolm.system.config import run_script
 from nanolm.system.signals import STOP, Stopped, held_back, leaving_at_once, noting
@@ -515,7 +515,7 @@ def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(
     Path("script.py").write_text(
         "import sys\n"
         "from functools import partial\n"
-        "from nanolm.runs import metrics\n"
+        "from nanolm.runs import log as metrics\n"
         "from test_signals import die, train_disturbed\n"
         "metrics.draw_losses = lambda *_, **__: False\n"
         f"act = partial(die, {number and int(number)}, {of})\n"

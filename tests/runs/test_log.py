@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanolm.runs.metrics import (
+from nanolm.runs.log import (
     Metrics,
     draw_losses,
     duration,
