@@ -2,10 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile, tee
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -14,10 +11,10 @@ from nanolm.layers import require_at_least
 from nanolm.precision import Engine, Hardware, choose_device, choose_engine, find_hardware
 from nanolm.runs.folder import newest_run
 from nanolm.runs.load import load_model
-from nanolm.sampling import check_knobs, generate, until
+from nanolm.sampling import check_knobs, until
 from nanolm.system.config import load_config, run_script
+from nanolm.tasks.causal import CausalTask
 from nanolm.text.corpus import read_text
-from nanolm.text.tokenizer import stream_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,34 +80,19 @@ def main(arguments: list[str]) -> None:
     model = model.to(engine.device)
     if engine.compile:
         model.compile(dynamic=True)
-    ids = tokenizer.encode(prompt, allowed_special="all")
-    ids = torch.tensor([ids], dtype=torch.long, device=engine.device)
+    tokenizer.encode(prompt, allowed_special="all")  # wrong characters show before the first line
     print(f"sampling from {origin}, {engine.device} {engine.dtype}", file=sys.stderr)
-    knobs = {
-        key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")
-    }
-    generator = torch.Generator(engine.device).manual_seed(config.seed)
+    keys = ("max_new_tokens", "temperature", "top_k", "top_p")
+    knobs = {key: getattr(config, key) for key in keys}
+    knobs["generator"] = torch.Generator(engine.device).manual_seed(config.seed)
     with engine.autocast():
         for first in range(0, config.num_samples, config.batch_size):
             n = min(config.batch_size, config.num_samples - first)
-            drawn = generate(model, ids.expand(n, -1), **knobs, generator=generator)
-            for document in documents(drawn, n, tokenizer.end_of_text):
+            for pieces in CausalTask.answer(model, tokenizer, prompt, n=n, **knobs):
                 print(prompt, end="", flush=True)
-                for piece in until(stream_text(tokenizer, document), config.stop):
+                for piece in until(pieces, config.stop):
                     print(piece, end="", flush=True)
                 print("\n---------------")
-
-
-def documents(
-    drawn: Iterable[torch.Tensor], n: int, end_of_text: int | None
-) -> Iterator[Iterator[int]]:
-    """The tokens of each of n rows that are drawn side by side, up to the end of its text.
-
-    Whoever takes a token of one row makes all rows grow, and they wait for their turn: the first
-    can be shown while it is written, and nothing is drawn that no row needs.
-    """
-    for row, steps in enumerate(tee((step.tolist() for step in drawn), n)):
-        yield takewhile(lambda token: token != end_of_text, map(itemgetter(row), steps))
 
 
 if __name__ == "__main__":

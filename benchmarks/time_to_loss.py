@@ -28,8 +28,7 @@ import torch
 from benchmarks.compare import arguments, at_least_1, run_benchmark, write
 from benchmarks.nanogpt import CPU_RUN, GPU_RUN, copy_with_data, model_module, trained_model
 from nanolm.batches import evaluation_batches
-from nanolm.evaluation import evaluate
-from nanolm.precision import Engine
+from nanolm.evaluation import evaluate, mean_loss
 from nanolm.runs.prepare import find_dataset
 from nanolm.text.data import Dataset
 
@@ -59,7 +58,7 @@ def full_loss(model: torch.nn.Module, dataset: Dataset) -> float:
         {"idx": torch.from_numpy(batch["ids"]), "targets": torch.from_numpy(batch["targets"])}
         for batch in evaluation_batches(dataset.val, **shape)
     )
-    return evaluate(model, batches, autocast=Engine("cpu", "float32", compile=False).autocast)
+    return mean_loss(evaluate(model, batches))
 
 
 def nanolm_run(arguments: list[str], target: float) -> dict:

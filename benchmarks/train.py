@@ -33,7 +33,7 @@ from nanolm.model import GPT, flops_per_token
 from nanolm.precision import Engine, choose_engine, find_hardware
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import build_state
-from nanolm.training import deal, update
+from nanolm.training import update
 
 SHAPES = {
     "cpu-12": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},
@@ -62,8 +62,7 @@ def nanolm_updates(config: TrainConfig, engine: Engine, n: int) -> Callable[[], 
 
     def run() -> None:
         for _ in range(n):
-            shares = deal([data[state.step % len(data)]], engine)
-            update(state, shares, engine, learning_rate=1e-4, grad_clip=1.0, seed=0)
+            update(state, [data[state.step % len(data)]], learning_rate=1e-4, engine=engine)
 
     return run
 

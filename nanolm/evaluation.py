@@ -4,10 +4,13 @@ The loss is the mean number of nats by which the model is surprised by each toke
 perplexity: the size of a vocabulary over which a blind guess would be as good. Losses of models
 with different tokenizers do not compare, since their tokens hold more or less text; bits per byte
 do.
+
+Whatever is measured is counted first: counts of batches, and of processes, add up.
 """
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,35 +18,46 @@ from torch import Tensor
 from nanolm.loss import NO_TARGET
 
 
+def loss_counts(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The sum of a batch's losses, in nats, and the number of its targets: (2,)."""
+    _, loss = model(**batch)
+    n = (batch["targets"] != NO_TARGET).sum()
+    return torch.stack((loss * n, n))
+
+
+def mean_loss(counts: Tensor) -> float:
+    """The loss in nats per token, from sums of loss_counts. Raises ValueError without targets."""
+    total, n = counts.tolist()
+    if not n:
+        raise ValueError("nothing to evaluate: no batch has a target")
+    return total / n
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
     batches: Iterable[dict[str, Tensor]],
     *,
-    autocast: Callable[[], torch.autocast],
-    add_up: Callable[..., list[float]] = lambda *numbers: list(numbers),
-) -> float:
-    """Mean loss over all targets that are not -1, in nats.
+    tally: Callable[[torch.nn.Module, dict[str, Tensor]], Tensor] = loss_counts,
+    autocast: Callable[[], torch.autocast] = nullcontext,
+    all_reduce: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> Tensor:
+    """The sums of what tally counts in each batch: float64, on the CPU.
 
-    batches: the arguments of forward, on the model's device; where several processes share
-    them, those of this one, and add_up gives the sums of its arguments over all processes. Draws
-    no random numbers, and puts the model back in the mode it was in. Raises ValueError where there
-    is no target at all.
+    batches: the arguments of forward, on the model's device; where several processes share them,
+    those of this one, and all_reduce sums over all. Draws no random numbers, and puts the model
+    back in the mode it was in. Raises ValueError where there is no batch.
     """
     was_training = model.training
     model.eval()
-    sums = []  # stay on the device: reading each one would make it wait
+    counts = []  # stay on the device: reading each one would make it wait
     for batch in batches:
         with autocast():
-            _, loss = model(**batch)
-        n = (batch["targets"] != NO_TARGET).sum()
-        sums.append(torch.stack((loss * n, n)))
+            counts.append(tally(model, batch))
     model.train(was_training)
-    sums = torch.stack(sums).tolist() if sums else [[0.0, 0.0]]
-    total, count = add_up(*(math.fsum(column) for column in zip(*sums, strict=True)))
-    if not count:
-        raise ValueError("nothing to evaluate: no batch has a target")
-    return total / count
+    if not counts:
+        raise ValueError("nothing to evaluate: there is no batch")
+    return all_reduce(torch.stack(counts).cpu().double().sum(dim=0))
 
 
 def perplexity(loss: float) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -44,29 +43,22 @@ class World:
         try:
             yield ddp
         finally:
-            # Who lets go of the group last waits for gloo's thread; these would do so while they
-            # hold Python's lock, which that thread may wait for.
+            # Destroying these while holding the GIL can deadlock with gloo's thread.
             del ddp.logger, ddp.reducer
 
-    def sum_up(self, loss: Tensor, flags: list[bool]) -> Tensor:
-        """The sum of loss over all processes, and how many have raised each flag.
+    def sync_gradients(self, forward: nn.Module, sync: bool) -> None:
+        """Say whether the next backward pass exchanges gradients, or only adds up this process's.
 
-        (1 + flags,), on the device of loss: the one small message of an update. Whether to apply
-        the update needs no other: a loss that is not finite shows in the sum, and the gradients
-        are the same everywhere.
+        The last micro-batch of an update exchanges them for all. (DDP's no_sync sets the same.)
         """
-        raised = [torch.full_like(loss, float(flag)) for flag in flags]
-        message = torch.stack((loss, *raised))  # filled on the device: a copy to it would wait
         if self.size > 1:
-            dist.all_reduce(message)
-        return message
+            forward.require_backward_grad_sync = sync
 
-    def add_up(self, *numbers: float) -> list[float]:
-        """The sum of each number over all processes."""
-        sums = torch.tensor(numbers, dtype=torch.float64)
+    def all_reduce(self, numbers: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in its place."""
         if self.size > 1:
-            dist.all_reduce(sums)
-        return sums.tolist()
+            dist.all_reduce(numbers)
+        return numbers
 
 
 ALONE = World()

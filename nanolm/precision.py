@@ -85,6 +85,9 @@ class Engine:
         return {name: t.to(self.device, non_blocking=gpu) for name, t in tensors.items()}
 
 
+CPU = Engine("cpu", "float32", compile=False)
+
+
 def choose_engine(
     hardware: Hardware,
     *,

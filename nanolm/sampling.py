@@ -13,6 +13,7 @@ every key computed anew at every step, because each position would move.)
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -118,6 +119,26 @@ def check_knobs(
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
+
+
+def rows_of(steps: Iterable[Tensor], n: int) -> list[Iterator[int]]:
+    """The tokens of each of the n rows that generate draws side by side, as streams of their own.
+
+    Taking a token from one row lets all of them grow, and the others keep theirs until they are
+    taken: so the first row can be shown while it is drawn, and nothing is drawn that no row needs.
+    """
+    steps, drawn = iter(steps), []
+
+    def row(number: int) -> Iterator[int]:
+        for position in count():
+            if position == len(drawn):
+                step = next(steps, None)
+                if step is None:
+                    return
+                drawn.append(step.tolist())
+            yield drawn[position][number]
+
+    return [row(number) for number in range(n)]
 
 
 def until(pieces: Iterable[str], stop: str | None) -> Iterator[str]:

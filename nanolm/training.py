@@ -14,13 +14,32 @@ Nothing here is remembered outside TrainState. The data of an update and the see
 follow from the step number; so a run that continues from a saved state is, to the last bit, the
 run that never stopped. Several processes deal out the micro-batches of an update among them, and
 make the same update as one.
+
+All that it takes to train, from a text of eleven letters that repeats itself:
+
+>>> import numpy as np, torch
+>>> from nanolm.layers import ModelConfig
+>>> from nanolm.model import build_model
+>>> from nanolm.batches import training_batch
+>>> tokens = np.arange(1000) % 11
+>>> shape = {"vocab_size": 11, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 32}
+>>> model = build_model(ModelConfig(**shape))
+>>> state = TrainState(model, torch.optim.AdamW(model.parameters()))
+>>> for step in range(100):
+...     batch = training_batch(tokens, step, batch_size=4, block_size=8, seed=0)
+...     loss, norm, _ = update(state, [batch], learning_rate=1e-2)
+...     if step == 0:
+...         print(f"a blind guess: {loss:.1f}")
+a blind guess: 2.4
+>>> print(f"after {state.step} updates: {loss:.1f}")
+after 100 updates: 0.0
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +48,7 @@ from nanolm.batches import Batch
 from nanolm.loss import NO_TARGET
 from nanolm.model import GPT
 from nanolm.parallel import ALONE, World
-from nanolm.precision import Engine
+from nanolm.precision import CPU, Engine
 
 MAX_SKIPPED = 3  # non-finite updates in a row before a run gives up
 
@@ -43,13 +62,17 @@ class TrainState:
     """All that training changes."""
 
     model: GPT
-    forward: Callable  # what training calls: the model, compiled or not, shared or not
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # scales fp16 losses, so that small gradients do not vanish
+    forward: Callable | None = None  # what training calls: the model, compiled or replicated
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: grad_scaler(CPU))
     step: int = 0  # updates made
     evaluated: int = -1  # the last step at which the model was evaluated
     best_val_loss: float | None = None  # of all evaluations after step 0
     skipped: int = 0  # non-finite updates in a row, up to now
+
+    def __post_init__(self):
+        if self.forward is None:
+            self.forward = self.model
 
     def state_dict(self) -> dict:
         """The state as a checkpoint holds it."""
@@ -63,19 +86,20 @@ class TrainState:
             "skipped": self.skipped,
         }
 
-    def load_state_dict(self, saved: dict) -> None:
+    def load_state_dict(self, checkpoint: dict) -> None:
         """Continue from what state_dict gave; the optimizer keeps its own decay and betas."""
-        self.model.load_state_dict(saved["model"])
+        self.model.load_state_dict(checkpoint["model"])
         groups = self.optimizer.param_groups
-        moving = ("params", "lr")  # each update sets its own rate
-        options = [{k: v for k, v in group.items() if k not in moving} for group in groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
+        options = [
+            {k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups
+        ]
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, mine in zip(self.optimizer.param_groups, options, strict=True):
             group.update(mine)
-        if saved["scaler"]:  # empty where the run was not in fp16 before
-            self.scaler.load_state_dict(saved["scaler"])
-        self.step, self.evaluated = saved["step"], saved["evaluated"]
-        self.best_val_loss, self.skipped = saved["best_val_loss"], saved["skipped"]
+        if checkpoint["scaler"]:  # empty where the run was not in fp16 before
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step, self.evaluated = checkpoint["step"], checkpoint["evaluated"]
+        self.best_val_loss, self.skipped = checkpoint["best_val_loss"], checkpoint["skipped"]
 
 
 def dropout_seed(seed: int, step: int, micro_step: int) -> int:
@@ -83,73 +107,138 @@ def dropout_seed(seed: int, step: int, micro_step: int) -> int:
     return int(np.random.SeedSequence((seed, step, micro_step)).generate_state(1, np.uint64)[0])
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """A micro-batch on the device."""
-
-    number: int  # among the micro-batches of its update
-    batch: dict[str, torch.Tensor]  # the arguments of forward
-    weight: float  # its part of the update's targets
+def grad_scaler(engine: Engine) -> torch.amp.GradScaler:
+    """Scales fp16 losses, so that small gradients do not vanish; leaves others alone."""
+    return torch.amp.GradScaler(engine.device_type, enabled=engine.dtype == "float16")
 
 
-def deal(micro_batches: Iterable[Batch], engine: Engine, world: World = ALONE) -> list[MicroBatch]:
-    """The micro-batches of an update that are this process's: every world.size-th of them."""
-    micro_batches = list(micro_batches)
-    n_targets = [int((batch["targets"] != NO_TARGET).sum()) for batch in micro_batches]
-    return [
-        MicroBatch(j, engine.move(micro_batches[j]), n_targets[j] / max(1, sum(n_targets)))
-        for j in range(world.rank, len(micro_batches), world.size)
-    ]
+def target_shares(micro_batches: list[Batch]) -> list[float]:
+    """For each micro-batch, its part of all their targets."""
+    counts = [int((batch["targets"] != NO_TARGET).sum()) for batch in micro_batches]
+    return [n / max(1, sum(counts)) for n in counts]
 
 
-class Prefetch:
-    """What deal gives for each update; dealt while a GPU still works on the one before."""
-
-    def __init__(
-        self,
-        micro_batches: Callable[[int], Iterable[Batch]],
-        engine: Engine,
-        *,
-        world: World = ALONE,
-        end: int,
-    ):
-        self.deal = lambda step: deal(micro_batches(step), engine, world)
-        self.end, self.ahead = end, {}
-
-    def prepare(self, step: int) -> None:
-        """Deal the micro-batches of update number step, if there is one: end updates are made."""
-        self.ahead = {step: self.deal(step)} if step < self.end else {}
-
-    def take(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of update number step, prepared or not."""
-        return self.ahead.pop(step, None) or self.deal(step)
-
-
-def accumulate_gradients(
+def update(
     state: TrainState,
-    micro_batches: list[MicroBatch],
-    engine: Engine,
+    micro_batches: Iterable[Batch],
     *,
-    seed: int,
+    learning_rate: float,
+    grad_clip: float = 1.0,
+    seed: int = 0,
+    engine: Engine = CPU,
     world: World = ALONE,
-) -> torch.Tensor:
-    """Add the gradient of the update's mean loss to the parameters.
+    requests: Callable[[], list[bool]] = list,
+) -> tuple[float, float, list[bool]]:
+    """Make one update and count it.
 
-    Of several processes, each has its own micro-batches; after the last one DDP adds up the
-    gradients of all (it would after each one: no_sync holds it back, around forward and backward).
-    Returns this process's part of the loss, on the device.
+    The gradient is scaled down to the norm grad_clip where it is longer (Pascanu et al. 2013); 0
+    turns this off. A loss or gradient that is not finite is counted, but not applied. Returns the
+    loss, the unclipped norm of its gradient, and for each of this process's requests (asked for
+    once the gradients are there) whether any process has made it.
     """
-    loss = torch.zeros((), device=engine.device)
-    for micro_batch in micro_batches:
-        torch.manual_seed(dropout_seed(seed, state.step, micro_batch.number))
-        alone = world.size == 1 or micro_batch is micro_batches[-1]
-        with nullcontext() if alone else state.forward.no_sync():
-            with engine.autocast():
-                _, micro_loss = state.forward(**micro_batch.batch)
-            # DDP takes the mean over the processes, where the sum is wanted
-            state.scaler.scale(micro_loss * (micro_batch.weight * world.size)).backward()
-        loss += micro_loss.detach() * micro_batch.weight
-    return loss
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    micro_batches = list(micro_batches)
+    shares = target_shares(micro_batches)
+    total = torch.zeros((), device=engine.device)
+    mine = range(world.rank, len(micro_batches), world.size)
+    for number in mine:
+        torch.manual_seed(dropout_seed(seed, state.step, number))
+        world.sync_gradients(state.forward, number == mine[-1])
+        with engine.autocast():
+            _, loss = state.forward(**engine.move(micro_batches[number]))
+        loss = loss * shares[number]
+        state.scaler.scale(loss * world.size).backward()  # DDP takes the mean, and this the sum
+        total += loss.detach()
+    sums = world.all_reduce(with_flags(total, requests()))
+    state.scaler.unscale_(state.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
+    norm, loss, *requested = torch.cat((norm[None], sums)).tolist()  # the one wait for a GPU
+    if math.isfinite(loss) and math.isfinite(norm):
+        with engine.autocast():  # Muon has matrix products, the others none
+            state.scaler.step(state.optimizer)
+        state.skipped = 0
+    elif not fp16_scale_is_settling(state, loss):
+        state.skipped += 1
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    return loss, norm, [n > 0 for n in requested]
+
+
+def with_flags(loss: torch.Tensor, flags: list[bool]) -> torch.Tensor:
+    """The loss and the flags as one tensor, so that processes add them up in one message.
+
+    Filled on the device: a copy to it would wait. Whether to apply an update needs no message of
+    its own: a loss that is not finite shows in the sum, and the gradients are the same everywhere.
+    """
+    return torch.stack((loss, *(torch.full_like(loss, float(flag)) for flag in flags)))
+
+
+def fp16_scale_is_settling(state: TrainState, loss: float) -> bool:
+    """Whether an infinite gradient only says that the fp16 loss scale is still too high."""
+    return math.isfinite(loss) and state.scaler.is_enabled() and state.scaler.get_scale() >= 1
+
+
+class Run(Protocol):
+    """What the loop asks of a run."""
+
+    state: TrainState
+    engine: Engine
+    world: World
+    config: Any  # with max_iters, eval_interval, grad_clip, seed, and rate(step)
+
+    def micro_batches(self, step: int) -> Iterable[Batch]:
+        """The data of update number step, from 0."""
+
+    def evaluate(self) -> None:
+        """Evaluate the model, and whatever is to be done at such times."""
+
+    def report(
+        self, step: int, *, loss: float, lr: float, grad_norm: float, seconds: float
+    ) -> None:
+        """Note an update's numbers."""
+
+    def requests(self) -> list[bool]:
+        """Which signals have come to this process since the last call."""
+
+    def answer(self, requested: list[bool]) -> None:
+        """Do what any process was asked for."""
+
+
+def train(run: Run) -> None:
+    """The loop: update the run's state until it has made max_iters updates.
+
+    It evaluates before the first update, after every eval_interval of them, and after the last.
+    Raises NotFinite when several updates in a row are not.
+    """
+    state, config = run.state, run.config
+    state.model.train()
+    while True:
+        due = state.step % config.eval_interval == 0 or state.step >= config.max_iters
+        if due and state.evaluated != state.step:
+            run.evaluate()
+        if state.step >= config.max_iters:
+            return
+        started, step, rate = time.perf_counter(), state.step, config.rate(state.step)
+        loss, norm, requested = update(
+            state,
+            run.micro_batches(step),
+            learning_rate=rate,
+            grad_clip=config.grad_clip,
+            seed=config.seed,
+            engine=run.engine,
+            world=run.world,
+            requests=run.requests,
+        )
+        run.report(step, loss=loss, lr=rate, grad_norm=norm, seconds=time.perf_counter() - started)
+        if state.skipped >= MAX_SKIPPED:
+            raise NotFinite(
+                f"{state.skipped} updates in a row were not finite, the last one in step {step} "
+                f"(loss {loss}, gradient norm {norm})"
+            )
+        if any(requested):
+            run.answer(requested)
 
 
 def settle_gradients(state: TrainState, batch: Batch, engine: Engine) -> None:
@@ -163,103 +252,3 @@ def settle_gradients(state: TrainState, batch: Batch, engine: Engine) -> None:
         _, loss = state.forward(**engine.move(batch))
     loss.backward()
     state.optimizer.zero_grad(set_to_none=True)
-
-
-def update(
-    state: TrainState,
-    micro_batches: list[MicroBatch],
-    engine: Engine,
-    *,
-    learning_rate: float,
-    grad_clip: float,
-    seed: int,
-    world: World = ALONE,
-    flags: Callable[[], list[bool]] = list,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> tuple[float, float, list[bool]]:
-    """Make one update and count it.
-
-    The gradient is scaled down to the norm grad_clip where it is longer (Pascanu et al. 2013); 0
-    turns this off. A loss or gradient that is not finite is counted, but not applied. meanwhile is
-    called after the work of a GPU is queued and before its result is waited for. Returns the loss,
-    the unclipped norm of its gradient, and which flags any process has raised (flags gives
-    this one's, once the gradients are there).
-    """
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    loss = accumulate_gradients(state, micro_batches, engine, seed=seed, world=world)
-    message = world.sum_up(loss, flags())
-    state.scaler.unscale_(state.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
-    numbers = torch.cat((norm[None], message))
-    meanwhile()
-    norm, loss, *raised = numbers.tolist()  # the one wait for a GPU
-    if math.isfinite(loss) and math.isfinite(norm):
-        with engine.autocast():  # Muon has matrix products, the others none
-            state.scaler.step(state.optimizer)
-        state.skipped = 0
-    elif not fp16_scale_is_settling(state, loss):
-        state.skipped += 1
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    return loss, norm, [bool(n) for n in raised]
-
-
-def fp16_scale_is_settling(state: TrainState, loss: float) -> bool:
-    """Whether an infinite gradient only says that the fp16 loss scale is still too high."""
-    return math.isfinite(loss) and state.scaler.is_enabled() and state.scaler.get_scale() >= 1
-
-
-def train(
-    state: TrainState,
-    engine: Engine,
-    *,
-    micro_batches: Callable[[int], Iterable[Batch]],
-    learning_rate: Callable[[int], float],
-    max_iters: int,
-    eval_interval: int,
-    grad_clip: float,
-    seed: int,
-    evaluate: Callable[[], None],
-    report: Callable[..., None],
-    flags: Callable[[], list[bool]] = list,
-    answer: Callable[[list[bool]], None] = lambda raised: None,
-    world: World = ALONE,
-) -> None:
-    """The loop: update the state until it has made max_iters updates.
-
-    micro_batches and learning_rate give the data and the rate of update number step, from 0.
-    evaluate is called before the first update, after every eval_interval, and after the last;
-    report after each update, with its numbers; answer, with the flags that any process has raised
-    (see update), where there is one. Raises NotFinite when several updates in a row are not.
-    """
-    state.model.train()
-    prefetch = Prefetch(micro_batches, engine, world=world, end=max_iters)
-    while True:
-        due = state.step % eval_interval == 0 or state.step >= max_iters
-        if due and state.evaluated != state.step:
-            evaluate()
-        if state.step >= max_iters:
-            return
-        started, step = time.perf_counter(), state.step
-        rate = learning_rate(step)
-        loss, norm, raised = update(
-            state,
-            prefetch.take(step),
-            engine,
-            learning_rate=rate,
-            grad_clip=grad_clip,
-            seed=seed,
-            world=world,
-            flags=flags,
-            meanwhile=lambda: prefetch.prepare(state.step + 1),
-        )
-        report(step, loss=loss, lr=rate, grad_norm=norm, seconds=time.perf_counter() - started)
-        if state.skipped >= MAX_SKIPPED:
-            raise NotFinite(
-                f"{state.skipped} updates in a row were not finite, the last one in step {step} "
-                f"(loss {loss}, gradient norm {norm})"
-            )
-        if any(raised):
-            answer(raised)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from conftest import ROOT
 
-from nanolm.runs import log as metrics
+from nanolm.runs import pictures
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import run_script
 
@@ -44,7 +44,7 @@ def begin(place: Path, log: str, environment: dict, function: Callable, argument
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, encoding="utf-8") for n in (1, 2))
     torch.set_num_threads(1)
-    metrics.draw_losses = lambda *_, **__: False  # drawing takes longer than these runs
+    pictures.draw_losses = lambda *_, **__: False  # drawing takes longer than these runs
     function(*arguments)
 
 

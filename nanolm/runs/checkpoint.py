@@ -42,6 +42,12 @@ def step_files(folder: str | Path) -> list[Path]:
     return sorted((path for path in paths if re.fullmatch(r"step_\d+", path.stem)), key=step_of)
 
 
+def best_file(folder: str | Path) -> list[Path]:
+    """best.pt, if there is one."""
+    path = Path(folder) / BEST
+    return [path] if path.exists() else []
+
+
 # ------------------------------------------------------------------------------------------
 # Writing
 
@@ -140,8 +146,8 @@ def load(path: str | Path, check: Check = accept) -> dict:
     except MemoryError:
         raise
     except Exception as error:  # reading damage can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, (LookupError, TypeError, AttributeError)):
+        reason = " ".join(str(error).split())[:200]
+        if not isinstance(error, ValueError):
             reason = f"it is not built like a checkpoint ({type(error).__name__}: {reason})"
         raise ValueError(f"cannot read the checkpoint {path}: {reason}") from None
     return content
@@ -153,14 +159,12 @@ def load_newest(folder: str | Path, check: Check = accept) -> tuple[dict, list[s
     check raises ValueError for a content that is not as it should be. Raises FileNotFoundError
     where the folder has no file, ValueError where none of them is sound.
     """
-    best = Path(folder) / BEST
-    return _load_first(folder, step_files(folder)[::-1] + [best] * best.exists(), check)
+    return _load_first(folder, [*reversed(step_files(folder)), *best_file(folder)], check)
 
 
 def load_best(folder: str | Path, check: Check = accept) -> tuple[dict, list[str]]:
     """best.pt, else the newest step file; otherwise as load_newest."""
-    best = Path(folder) / BEST
-    return _load_first(folder, [best] * best.exists() + step_files(folder)[::-1], check)
+    return _load_first(folder, [*best_file(folder), *reversed(step_files(folder))], check)
 
 
 def _load_first(folder: str | Path, paths: list[Path], check: Check) -> tuple[dict, list[str]]:
@@ -172,7 +176,7 @@ def _load_first(folder: str | Path, paths: list[Path], check: Check) -> tuple[di
             problems.append(str(error))
     if problems:
         raise ValueError(
-            f"{folder} has no sound checkpoint: {'; '.join(problems)}; train again, with "
-            "--overwrite=true or in another --out_dir"
+            f"{folder} has no sound checkpoint: {'; '.join(problems)}; nothing was "
+            "changed: train in another --out_dir"
         )
     raise FileNotFoundError(f"{folder} holds no checkpoint (no step_*.pt): train there first")

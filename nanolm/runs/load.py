@@ -5,17 +5,22 @@
 writes it in Hugging Face's format.
 """
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+import torch
 
 from nanolm.hub.models import CONFIG, INDEX, WEIGHTS, export_model, load_pretrained
 from nanolm.hub.names import find_folder
 from nanolm.hub.tokenizers import FILES
 from nanolm.layers import require_choice
-from nanolm.model import GPT
-from nanolm.runs.folder import holds_a_run, load_trained
+from nanolm.model import GPT, build_model
+from nanolm.runs import checkpoint
+from nanolm.runs.folder import holds_a_run
+from nanolm.runs.settings import model_config_of
 from nanolm.system.config import load_config, run_script
-from nanolm.text.tokenizer import Tokenizer
+from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 
 def load_model(name: str | Path) -> tuple[GPT, Tokenizer, str]:
@@ -28,8 +33,8 @@ def load_model(name: str | Path) -> tuple[GPT, Tokenizer, str]:
     patterns = (CONFIG, WEIGHTS, INDEX, "model-*.safetensors", *FILES)
     folder = find_folder(str(name), patterns)
     if holds_a_run(folder):
-        model, tokenizer, step = load_trained(folder)
-        return model, tokenizer, f"{name}, step {step}"
+        model, tokenizer, content = load_trained(folder)
+        return model, tokenizer, f"{name}, step {content['step']}"
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(
             f"{name} holds no model: neither a run's checkpoints (train one with train.py) nor "
@@ -37,6 +42,36 @@ def load_model(name: str | Path) -> tuple[GPT, Tokenizer, str]:
         )
     model, tokenizer = load_pretrained(folder)
     return model, tokenizer, str(name)
+
+
+def load_trained(folder: Path) -> tuple[GPT, Tokenizer, dict]:
+    """The best model of a run, its tokenizer, and its checkpoint.
+
+    Raises FileNotFoundError where the run has lost its tokenizer, ValueError where its files are
+    damaged.
+    """
+    content, problems = checkpoint.load_best(folder, check_fits)
+    for problem in problems:
+        print(f"warning: {problem}; using another one", file=sys.stderr)
+    if not (folder / TOKENIZER_FILE).exists():
+        raise FileNotFoundError(f"{folder} has lost its {TOKENIZER_FILE}: copy it there again")
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    model = build_model(model_config_of(content["config"]))
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{folder / TOKENIZER_FILE} has {tokenizer.vocab_size} tokens and the model beside it "
+            f"{model.config.vocab_size}: put the run's own tokenizer back"
+        )
+    model.load_state_dict(content["model"])
+    return model.eval(), tokenizer, content
+
+
+def check_fits(content: dict) -> None:
+    """Raise an error where a checkpoint's weights are not those of the model in its config."""
+    with torch.device("meta"):  # shapes without memory
+        model = build_model(model_config_of(content["config"]))
+    weights = dict(content["model"])  # torch would note in the original how it was loaded here
+    model.load_state_dict(weights, assign=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,14 @@
-"""The log of a run: lines on the console, metrics.jsonl for programs, a picture for people."""
+"""The log of a run: lines on the console for people, metrics.jsonl for programs."""
 
 import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanolm.system.files import append_text, whole_file, write_text
+from nanolm.runs.settings import TrainConfig
+from nanolm.system.files import append_text, write_text
 
 # Dense bf16/fp16 peak of a GPU, FLOP/s, from its data sheet; the first name that its own contains.
 PEAK_FLOPS = {
@@ -55,24 +56,22 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 @dataclass
-class Metrics:
-    """Writes a run's rows to metrics.jsonl, and says those of updates on the console.
+class Log:
+    """Writes a run's rows to metrics.jsonl, and says them on the console.
 
     Rows of updates hold step, loss, lr, grad_norm, tokens_per_second and (given a peak) mfu; rows
-    of evaluations hold step, train_loss, val_loss and bits_per_byte. Update number s, from 0,
-    has step s, and an evaluation the number of updates before it: each step comes once per kind.
+    of evaluations hold step, train_loss, val_loss and what else the task scores. Update number s,
+    from 0, has step s, and an evaluation the number of updates before it: each step comes once
+    per kind.
     """
 
     path: Path
-    start: int  # the step to continue from: what the file says of later ones is forgotten
-    evaluated: int  # the last step evaluated before; the same holds
-    max_iters: int
-    eval_interval: int
-    log_interval: int
-    tokens_per_update: int
-    flops_per_token: float
-    peak: float | None = None  # FLOP/s of the GPU, for its utilization (MFU)
-    also: tuple[Callable[[dict], None], ...] = ()  # called with each row
+    config: TrainConfig
+    start: int = 0  # the step to continue from: what the file says of later ones is forgotten
+    evaluated: int = -1  # the last step evaluated before; the same holds
+    flops_per_token: float = 0.0
+    peak: float | None = None  # FLOP/s of the GPUs, for their utilization (MFU)
+    also: list[Callable[[dict], None]] = field(default_factory=list)  # called with each row
 
     def __post_init__(self):
         start = {"loss": self.start, "val_loss": self.evaluated + 1}
@@ -89,12 +88,12 @@ class Metrics:
         """Note an update; every log_interval of them, write it and print it with the speed."""
         self.updates += 1
         self.seconds += seconds
-        if step % self.log_interval and step + 1 != self.max_iters:
+        if step % self.config.log_interval and step + 1 != self.config.max_iters:
             return
-        speed = self.updates * self.tokens_per_update / self.seconds
+        speed = self.updates * self.config.tokens_per_update / self.seconds
         row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         row["tokens_per_second"] = speed
-        line = f"step {step:6d} | loss {loss:7.4f} | lr {lr:.2e} | norm {grad_norm:6.3f}"
+        line = f"step {step:6d} | loss {loss:7.4f} | lr {lr:.2e} | gradient norm {grad_norm:6.3f}"
         line += f" | {speed:9,.0f} tok/s"
         if self.peak:
             row["mfu"] = speed * self.flops_per_token / self.peak
@@ -107,20 +106,35 @@ class Metrics:
 
     def seconds_left(self, step: int) -> float:
         """How long the run still takes, judging by the updates since the last line."""
-        evaluations = self.max_iters // self.eval_interval - (step + 1) // self.eval_interval
-        updates = self.max_iters - step - 1
+        end, interval = self.config.max_iters, self.config.eval_interval
+        evaluations = -(-end // interval) - (step + 1) // interval  # one more at the end
+        updates = end - step - 1
         return updates * self.seconds / self.updates + evaluations * self.evaluation_seconds
 
-    def evaluation(self, step: int, *, seconds: float, **losses: float) -> None:
+    def evaluation(self, step: int, scores: dict[str, float], *, seconds: float) -> None:
         """Note an evaluation and how long it took."""
         self.evaluation_seconds = seconds
-        self._write({"step": step, **losses})
+        print(evaluation_line(step, scores), flush=True)
+        self._write({"step": step, **scores})
+
+    def best(self) -> dict | None:
+        """The evaluation with the lowest validation loss, but for that of step 0."""
+        rows = [row for row in read_metrics(self.path) if row.get("val_loss") is not None]
+        return min(
+            (row for row in rows if row["step"] > 0), key=lambda row: row["val_loss"], default=None
+        )
 
     def _write(self, row: dict) -> None:
         plain = {key: n if math.isfinite(n) else None for key, n in row.items()}  # JSON has no NaN
         append_text(self.path, json.dumps(plain) + "\n")
         for call in self.also:
             call(row)
+
+
+def evaluation_line(step: int, scores: dict[str, float]) -> str:
+    """An evaluation as a line for the console."""
+    numbers = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()]
+    return " | ".join((f"step {step:6d}", *numbers))
 
 
 def wandb_log(project: str, name: str, config: dict) -> Callable[[dict], None]:
@@ -131,38 +145,3 @@ def wandb_log(project: str, name: str, config: dict) -> Callable[[dict], None]:
         raise ValueError("wandb_log=True needs the package wandb: pip install wandb") from None
     run = wandb.init(project=project, name=name, config=config)
     return lambda row: run.log(row, step=row["step"])
-
-
-def draw_losses(metrics: Path, picture: Path, *, title: str) -> bool:
-    """Draw the losses of a metrics.jsonl as a PNG, if matplotlib is installed; returns whether."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    rows = read_metrics(metrics)
-    updates = [row for row in rows if row.get("loss") is not None]
-    evaluations = [row for row in rows if None not in map(row.get, ("train_loss", "val_loss"))]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(
-        [row["step"] for row in updates], [row["loss"] for row in updates],
-        color="0.75", linewidth=1, label="each logged update",
-    )  # fmt: skip
-    for key, color, label in (
-        ("train_loss", "C0", "training text"),
-        ("val_loss", "C1", "validation text"),
-    ):
-        steps, losses = [row["step"] for row in evaluations], [row[key] for row in evaluations]
-        axes.plot(steps, losses, "o-", color=color, markersize=4, label=label)
-    if evaluations:
-        last = evaluations[-1]
-        axes.annotate(
-            f"{last['val_loss']:.3f}", (last["step"], last["val_loss"]),
-            xytext=(0, 8), textcoords="offset points", ha="center", color="C1",
-        )  # fmt: skip
-    axes.set(xlabel="update", ylabel="loss, nats per token", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with whole_file(picture) as file:
-        figure.savefig(file, format="png", dpi=120)
-    return True

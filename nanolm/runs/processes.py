@@ -6,7 +6,7 @@ need to know, and what makes one of them leave makes all of them leave.
 
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -31,16 +31,9 @@ class Shared(ValueError):
 # Agreeing
 
 
-def heed(world: World, noted: Collection[int]) -> None:
-    """Raise Stopped in all processes where any of them has noted a signal to stop."""
-    came = world.add_up(*(float(number in noted) for number in STOP))
-    if any(came):
-        raise Stopped(next(number for number, n in zip(STOP, came, strict=True) if n))
-
-
 @contextmanager
-def united(world: World) -> Iterator[None]:
-    """A block of all processes: what is wrong in one of them is raised by all, as Shared."""
+def all_or_none(world: World) -> Iterator[None]:
+    """A block that all processes pass or none: what one raises, all raise, as Shared."""
     if world.size == 1:
         yield
         return
@@ -53,13 +46,13 @@ def united(world: World) -> Iterator[None]:
     dist.all_gather_object(problems, problem)
     for rank, problem in enumerate(problems):
         if problem is not None:
-            raise Shared(problem + f" (says process {rank})" * (rank > 0))
+            raise Shared(f"{problem} (says process {rank})" if rank else problem)
 
 
-def from_first(world: World, function: Callable[[], Any]) -> Any:
+def broadcast(world: World, function: Callable[[], Any]) -> Any:
     """What function gives or raises in process 0, given or raised in all."""
     value = [None]
-    with united(world):
+    with all_or_none(world):
         if world.leads:
             value[0] = function()
     if world.size > 1:
@@ -67,17 +60,9 @@ def from_first(world: World, function: Callable[[], Any]) -> Any:
     return value[0]
 
 
-def one_by_one(world: World, function: Callable[[], Any]) -> Any:
-    """function() of each process; first in process 0, then in the first of each machine.
-
-    For what those then make for the others, on a disk that machines may share or not.
-    """
-    mine = 0 if world.leads else 1 if world.local_rank == 0 else 2
-    for turn in range(3):
-        with united(world):
-            if turn == mine:
-                value = function()
-    return value
+def any_of(world: World, flags: list[bool]) -> list[bool]:
+    """For each flag, whether any process has raised it."""
+    return (world.all_reduce(torch.tensor(flags, dtype=torch.float64)) > 0).tolist()
 
 
 def own_gpu(world: World, engine: Engine) -> Engine:

@@ -4,11 +4,12 @@ Names, and most defaults, are nanoGPT's where the meaning is the same, so that i
 mean here what they mean there. `python train.py --help` prints this table.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from nanolm.layers import ModelConfig, require_at_least, require_choice, require_fraction
 from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nanolm.runs.processes import BACKENDS
+from nanolm.tasks.table import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,9 @@ class TrainConfig(ModelConfig):
     vocab_size: int | None = None  # set by the tokenizer
     # the run
     out_dir: str | None = None  # folder of the run; None: out/<name of the config file>
+    task: str = "causal"  # what to train for: see nanolm/tasks
     init_from: str = "scratch"  # scratch | resume | auto | gpt2[-medium...] | FOLDER | OWNER/NAME
+    pretrained: str | None = None  # auto, with nothing to resume: begin with this model's weights
     overwrite: bool = False  # let scratch replace the run that is in out_dir
     eval_interval: int = 2000  # updates between evaluations
     eval_iters: int = 200  # batches per evaluation of a split; 0: all of val, as many of train
@@ -68,6 +71,12 @@ class TrainConfig(ModelConfig):
                 f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}"
             )
         require_fraction(self, "beta1 beta2")
+        if self.pretrained and self.init_from not in ("auto", "resume"):
+            raise ValueError(
+                f"pretrained={self.pretrained!r} goes with --init_from=auto, and init_from is "
+                f"{self.init_from!r}"
+            )
+        require_choice("task", self.task, TASKS)
         require_choice("optimizer", self.optimizer, OPTIMIZERS)
         require_choice("schedule", self.schedule, SCHEDULES)
         require_choice("backend", self.backend, ("auto", *BACKENDS))
@@ -78,7 +87,7 @@ class TrainConfig(ModelConfig):
 
     def model_config(self) -> ModelConfig:
         """The model's part of the keys."""
-        return ModelConfig(**{key: getattr(self, key) for key in MODEL_KEYS})
+        return model_config_of(asdict(self))
 
     def rate(self, step: int) -> float:
         """The learning rate of an update."""
@@ -99,3 +108,8 @@ class TrainConfig(ModelConfig):
 MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 # What two models must share to share their weights.
 SHAPE_KEYS = tuple(key for key in MODEL_KEYS if key != "dropout")
+
+
+def model_config_of(keys: dict) -> ModelConfig:
+    """The model's part of a config; keys that are younger than it have their defaults."""
+    return ModelConfig(**{key: keys[key] for key in MODEL_KEYS if key in keys})

@@ -4,36 +4,46 @@ The order matters. All that can be wrong is found before anything is written, an
 the run has found its own part right before one of them goes on.
 """
 
+import time
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from nanolm.hub.names import is_hub_name
-from nanolm.model import GPT, build_model, flops_per_token
+from nanolm.model import GPT, flops_per_token
 from nanolm.optim import OPTIMIZERS, parameter_groups
 from nanolm.parallel import World
 from nanolm.precision import Engine, Hardware, choose_engine, find_hardware
 from nanolm.runs import checkpoint
-from nanolm.runs.folder import (
-    check_content,
-    check_replaceable,
-    check_tokenizer,
-    fit_to_checkpoint,
-    holds_a_run,
-    launch_of,
-    remove_leftovers,
-    run_folder,
-    run_tokenizer,
-)
-from nanolm.runs.load import load_model
+from nanolm.runs.console import describe, describe_end
+from nanolm.runs.folder import check_replaceable, holds_a_run, recorded, remove_leftovers, taken
+from nanolm.runs.load import check_fits, load_model
+from nanolm.runs.log import evaluation_line
 from nanolm.runs.prepare import find_dataset
-from nanolm.runs.processes import find_world, from_first, joined, one_by_one, own_gpu, united
+from nanolm.runs.processes import all_or_none, broadcast, find_world, joined, own_gpu
 from nanolm.runs.run import Run
-from nanolm.runs.settings import TrainConfig
+from nanolm.runs.settings import SHAPE_KEYS, TrainConfig, model_config_of
+from nanolm.tasks.table import make_task
 from nanolm.text.data import Dataset
-from nanolm.training import TrainState, settle_gradients
+from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from nanolm.training import TrainState, grad_scaler, settle_gradients
+
+
+@dataclass
+class Start:
+    """Where a run starts from: nothing, another model's weights, or a checkpoint of its own."""
+
+    source: str | None = None  # the other model
+    resumes: bool = False
+    checkpoint: dict | None = None  # of another model: its weights and its config, no more
+
+    def words(self, step: int) -> str:
+        """It for the console."""
+        if self.resumes:
+            return f"resumed at step {step}"
+        return f"from the weights of {self.source}" if self.source else "from step 0"
 
 
 def start_run(config: TrainConfig) -> None:
@@ -44,106 +54,72 @@ def start_run(config: TrainConfig) -> None:
     """
     check_shares(config, find_world())
     with joined(config.backend) as world, ExitStack() as stack:
-        config, dataset = one_by_one(world, lambda: fit_to_dataset(config))
-        with united(world):
-            check_alike(config, dataset, world)
-        way, saved = from_first(world, lambda: begin(config, dataset, world, stack))
-        with united(world):
-            check_one_folder(config, world)
-        hardware = from_first(world, find_hardware)  # one choice for all, also on unlike machines
-        with united(world):
-            run = ready_run(config, dataset, world, hardware, way, saved)
-        del saved  # as large as all that it was copied into
+        config, dataset = open_data(config, world)
+        folder = broadcast(world, lambda: stack.enter_context(taken(config.out_dir)))
+        start = broadcast(world, lambda: find_start(config, folder, dataset, world))
+        run = make_ready(config, dataset, world, start)
+        start.checkpoint = None  # as large as all that it was copied into
         if config.eval_only:
-            run.describe()
-            print(run.loss_line(run.evaluate()))
+            describe(run, start.words(run.state.step))
+            print(evaluation_line(run.state.step, run.scores()))
         elif run.is_finished():
-            made = f"{run.state.step} of {config.max_iters} updates are made"
-            print(f"{run.folder} is finished: {made}")
+            print(f"{folder} is finished: {run.state.step} of {run.config.max_iters} updates made")
             print("          to go on, raise --max_iters")
         else:
-            state = run.state
-            with world.sharing_gradients(state.forward) as state.forward:
-                if world.size > 1:
-                    settle_gradients(state, next(run.micro_batches(0)), run.engine)
-                from_first(world, run.record)
-                run.describe()
-                run.train()
+            train(run, start)
 
 
-def begin(
-    config: TrainConfig, dataset: Dataset, world: World, stack: ExitStack
-) -> tuple[str, dict | None]:
-    """Take the run's folder, until the stack is closed; where the run starts (see find_start)."""
-    folder = stack.enter_context(run_folder(config.out_dir))
-    again = world.restarts > 0 and launch_of(folder) == world.launch
-    way, saved = find_start(config, folder, dataset, restarted=again)
-    remove_leftovers(folder)
-    return way, saved
-
-
-def find_start(
-    config: TrainConfig, folder: Path, dataset: Dataset, *, restarted: bool = False
-) -> tuple[str, dict | None]:
-    """What init_from asks for: ("scratch", None), or ("resume" | "weights", a checkpoint).
-
-    The checkpoint of "weights" holds no more than a model and its config. A run that torchrun has
-    restarted resumes, however it began. Raises ValueError or FileNotFoundError where that cannot
-    be, or where the model has learned other tokens than the dataset's.
-    """
-    way, there = config.init_from, holds_a_run(folder)
-    if there and (restarted or way == "auto"):
-        way = "resume"
-    elif way == "auto":
-        way = "scratch"
-    if way == "resume":
-        saved, problems = checkpoint.load_newest(folder, check_content)
-        for problem in problems:
-            print(f"warning   {problem}; using another one")
-        check_tokenizer(run_tokenizer(folder, dataset), dataset, folder)
-        return way, saved
-    if way != "scratch" and not ((way and Path(way).is_dir()) or is_hub_name(way)):
-        raise ValueError(
-            f"init_from={way!r}: choose scratch, resume, auto, the folder of a model, gpt2, or "
-            "OWNER/NAME on the Hugging Face hub"
-        )
-    check_replaceable(config, folder, way)
-    if way == "scratch":
-        return way, None
-    model, tokenizer, _ = load_model(way)
-    check_tokenizer(tokenizer, dataset, way)
-    return "weights", {"model": model.state_dict(), "config": asdict(model.config)}
-
-
-def ready_run(
-    config: TrainConfig,
-    dataset: Dataset,
-    world: World,
-    hardware: Hardware,
-    way: str,
-    saved: dict | None,
-) -> Run:
-    """The run with all its objects, standing where way (see find_start) and saved put it."""
-    if saved:
-        config = fit_to_checkpoint(config, way, saved)
-    resumed = way == "resume"
-    if resumed and saved["text"] != dataset.meta["train"]["sha256"]:
-        print(f"changed   the text in {dataset.folder}: another one before")
-    model = fresh_model(config)
-    engine = run_engine(config, model, hardware, saved["engine"] if resumed else None)
-    engine = own_gpu(world, engine)
-    state = build_state(config, model, engine)
-    if resumed:
-        state.load_state_dict(saved)
-    elif saved:
-        state.model.load_state_dict(cut_positions(saved["model"], config.block_size))
-    run = Run(config, Path(config.out_dir), dataset, engine, state, world, fresh=not resumed)
-    next(run.micro_batches(state.step))  # wrong data shows before anything is written
-    return run
+def train(run: Run, start: Start) -> None:
+    """Write down what the run is, describe it, train it to its end, and say what came out."""
+    state, world, began = run.state, run.world, time.perf_counter()
+    with world.sharing_gradients(state.forward) as state.forward:
+        if world.size > 1:
+            settle_gradients(state, next(run.micro_batches(0)), run.engine)
+        broadcast(world, lambda: run.record(fresh=not start.resumes))
+        describe(run, start.words(state.step))
+        run.train()
+        describe_end(run, time.perf_counter() - began)
 
 
 # ------------------------------------------------------------------------------------------
-# What several processes must agree on
+# The data, and what several processes must agree on
+
+
+def open_data(config: TrainConfig, world: World) -> tuple[TrainConfig, Dataset]:
+    """Open the dataset (process 0 prepares it, if need be), and note its vocabulary in the config.
+
+    Raises ValueError or FileNotFoundError where there is none, or none that fits.
+    """
+    broadcast(world, lambda: find_dataset(config.dataset) and None)
+    with all_or_none(world):
+        dataset = find_dataset(config.dataset)
+        n = dataset.tokenizer.vocab_size
+        if config.vocab_size not in (None, n):
+            raise ValueError(
+                f"vocab_size={config.vocab_size}: the tokenizer of {dataset.folder} has {n} "
+                "tokens; leave this key out"
+            )
+        config = replace(config, vocab_size=n)
+    mine = {**asdict(config), "text": dataset.meta["train"]["sha256"]}
+    first = broadcast(world, lambda: mine)
+    with all_or_none(world):
+        check_alike(mine, first, dataset.folder)
+    return config, dataset
+
+
+def check_alike(mine: dict, first: dict, folder: Path) -> None:
+    """Raise ValueError where this process would make another run than process 0."""
+    other = [key for key in mine if mine[key] != first[key]]
+    if other == ["text"]:
+        raise ValueError(
+            f"{folder} of this machine holds other tokens than that of process 0: copy the folder "
+            "from there"
+        )
+    if other:
+        raise ValueError(
+            f"{other[0]} is {mine[other[0]]!r} here and {first[other[0]]!r} in process 0: start "
+            "all processes with the same config"
+        )
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
@@ -156,31 +132,62 @@ def check_shares(config: TrainConfig, world: World) -> None:
         )
 
 
-def check_alike(config: TrainConfig, dataset: Dataset, world: World) -> None:
-    """Raise ValueError where this process would make another run than process 0."""
-    mine = {**asdict(config), "text": dataset.meta["train"]["sha256"]}
-    first = from_first(world, lambda: mine)
-    other = [key for key in mine if mine[key] != first[key]]
-    if other == ["text"]:
-        raise ValueError(
-            f"{dataset.folder} of this machine holds other tokens than that of process 0: copy "
-            "the folder from there"
-        )
-    if other:
-        raise ValueError(
-            f"{other[0]} is {mine[other[0]]!r} here and {first[other[0]]!r} in process 0: start "
-            "all processes with the same config"
-        )
+# ------------------------------------------------------------------------------------------
+# Where the run starts from
 
 
-def check_one_folder(config: TrainConfig, world: World) -> None:
-    """Raise ValueError where this machine has checkpoints of the run that process 0 has not."""
-    mine = {path.name for path in checkpoint.step_files(config.out_dir)}
-    more = mine - from_first(world, lambda: mine)
-    if more:
+def find_start(config: TrainConfig, folder: Path, dataset: Dataset, world: World) -> Start:
+    """What init_from asks for; a run that torchrun has restarted resumes, however it began.
+
+    Raises ValueError or FileNotFoundError where that cannot be, or where the model has learned
+    other tokens than the dataset's.
+    """
+    asked, there = config.init_from, holds_a_run(folder)
+    restarted = world.restarts > 0 and recorded(folder).get("launch") == world.launch
+    if asked == "resume" or (there and (restarted or asked == "auto")):
+        start = start_from_checkpoint(folder, dataset)
+    else:
+        source = {"scratch": None, "auto": config.pretrained}.get(asked, asked)
+        check_replaceable(config, folder, source)
+        start = Start() if source is None else start_from_weights(source, dataset)
+    remove_leftovers(folder)
+    return start
+
+
+def start_from_checkpoint(folder: Path, dataset: Dataset) -> Start:
+    """Resume from the folder's newest checkpoint that is sound."""
+    content, problems = checkpoint.load_newest(folder, check_fits)
+    for problem in problems:
+        print(f"warning   {problem}; using another one")
+    if not (folder / TOKENIZER_FILE).exists():
         raise ValueError(
-            f"{config.out_dir} of this machine holds {max(more)}, and that of process 0 does not: "
-            "let the machines share the folder, or remove it here"
+            f"{folder} has lost its {TOKENIZER_FILE}: copy it there from {dataset.folder}, if "
+            "that is the dataset it was trained on"
+        )
+    check_tokenizer(load_tokenizer(folder / TOKENIZER_FILE), dataset, folder)
+    if content["text"] != dataset.meta["train"]["sha256"]:
+        print(f"changed   the text in {dataset.folder}: another one before")
+    return Start(resumes=True, checkpoint=content)
+
+
+def start_from_weights(source: str, dataset: Dataset) -> Start:
+    """Begin with the weights of a trained model: a run's, a folder's, or one of the hub."""
+    if not (source and Path(source).is_dir()) and not is_hub_name(source):
+        raise ValueError(
+            f"init_from={source!r}: choose scratch, resume, auto, the folder of a model, gpt2, or "
+            "OWNER/NAME on the Hugging Face hub"
+        )
+    model, tokenizer, _ = load_model(source)
+    check_tokenizer(tokenizer, dataset, source)
+    return Start(source, checkpoint={"model": model.state_dict(), "config": asdict(model.config)})
+
+
+def check_tokenizer(tokenizer: Tokenizer, dataset: Dataset, name: str | Path) -> None:
+    """Raise ValueError where the model was trained on other ids than the dataset's."""
+    if tokenizer != dataset.tokenizer:
+        raise ValueError(
+            f"{name} was trained with another tokenizer than that of {dataset.folder}: choose the "
+            f"--dataset it knows, or prepare the text for it: prepare.py NAME --tokenizer={name}"
         )
 
 
@@ -188,25 +195,70 @@ def check_one_folder(config: TrainConfig, world: World) -> None:
 # The objects
 
 
-def fit_to_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
-    """Open the dataset, and fill its number of tokens into the config.
+def make_ready(config: TrainConfig, dataset: Dataset, world: World, start: Start) -> Run:
+    """The run with all its objects, standing where it starts from."""
+    hardware = broadcast(world, find_hardware)  # one choice for all, also on unlike machines
+    with all_or_none(world):
+        config = fit_to_start(config, start)
+        task = make_task(config)
+        torch.manual_seed(config.seed)
+        model = task.model(config.model_config())
+        engine = own_gpu(world, run_engine(config, model, hardware, start))
+        state = build_state(config, model, engine)
+        if start.resumes:
+            state.load_state_dict(start.checkpoint)
+        elif start.checkpoint:
+            weights = start.checkpoint["model"]
+            state.model.load_state_dict(cut_positions(weights, config.block_size))
+        run = Run(config, Path(config.out_dir), dataset, task, engine, state, world)
+        next(run.micro_batches(state.step))  # wrong data shows before anything is written
+    return run
 
-    Raises ValueError or FileNotFoundError where there is none, or none that fits.
+
+def fit_to_start(config: TrainConfig, start: Start) -> TrainConfig:
+    """The config of a run that starts from what is there.
+
+    One that starts from weights takes over their shape. A resumed one keeps its model and its
+    optimizer: raises ValueError where they differ, and prints what else does.
     """
-    dataset = find_dataset(config.dataset)
-    n = dataset.tokenizer.vocab_size
-    if config.vocab_size not in (None, n):
+    if not start.checkpoint:
+        return config
+    old = start.checkpoint["config"]
+    if not start.resumes:
+        return replace(take_shape(config, old, start.source), init_from=start.source)
+    origin = old["init_from"]
+    if origin not in ("scratch", "auto", "resume"):
+        config = take_shape(config, old, config.out_dir)
+    new = asdict(config)
+    changed = {key for key in new if key in old and old[key] != new[key]}
+    wrong = [
+        f"{key} is {old[key]!r} there and {new[key]!r} here"
+        for key in (*SHAPE_KEYS, "optimizer", "task")
+        if key in changed
+    ]
+    if wrong:
         raise ValueError(
-            f"vocab_size={config.vocab_size}: the tokenizer of {dataset.folder} has {n} tokens; "
-            "leave this key out"
+            f"this config does not match the checkpoint in {config.out_dir}: {'; '.join(wrong)}; "
+            "give the keys as they were, or choose another --out_dir"
         )
-    return replace(config, vocab_size=n), dataset
+    for key in sorted(changed - {"init_from", "pretrained", "overwrite", "eval_only", "out_dir"}):
+        print(f"changed   {key}: {old[key]!r} before, {new[key]!r} now")
+    return replace(config, init_from=origin)  # which says where the shape came from
 
 
-def fresh_model(config: TrainConfig) -> GPT:
-    """A model drawn from the seed."""
-    torch.manual_seed(config.seed)
-    return build_model(config.model_config())
+def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:
+    """The config with the shape of the model whose weights it starts from.
+
+    Only its context may be shorter.
+    """
+    shape = asdict(model_config_of(old))
+    taken = {key: shape[key] for key in SHAPE_KEYS if shape[key] != getattr(config, key)}
+    if config.block_size < shape["block_size"]:
+        del taken["block_size"]
+        print(f"block     cut to {config.block_size} tokens, of {shape['block_size']}")
+    if taken:
+        print(f"shape     of {source}: {', '.join(f'{k}={v!r}' for k, v in taken.items())}")
+    return replace(config, **taken)
 
 
 def cut_positions(weights: dict[str, torch.Tensor], block_size: int) -> dict[str, torch.Tensor]:
@@ -217,10 +269,11 @@ def cut_positions(weights: dict[str, torch.Tensor], block_size: int) -> dict[str
     }
 
 
-def run_engine(config: TrainConfig, model: GPT, hardware: Hardware, before: dict | None) -> Engine:
+def run_engine(config: TrainConfig, model: GPT, hardware: Hardware, start: Start) -> Engine:
     """The engine that config and hardware give; auto keeps what it chose for the run before."""
     asked = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
-    if before:
+    if start.resumes:
+        before = start.checkpoint["engine"]
         before = {**before, "device": before["device"].split(":")[0]}  # on whichever GPU is free
         kept = {key: before[key] if value == "auto" else value for key, value in asked.items()}
         with suppress(ValueError):  # the run has moved to a machine without that device
@@ -238,5 +291,5 @@ def build_state(config: TrainConfig, model: GPT, engine: Engine) -> TrainState:
     groups = parameter_groups(model, config.weight_decay, config.optimizer)
     betas = (config.beta1, config.beta2)
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=betas)
-    scaler = torch.amp.GradScaler(engine.device_type, enabled=engine.dtype == "float16")
-    return TrainState(model, torch.compile(model) if engine.compile else model, optimizer, scaler)
+    forward = torch.compile(model) if engine.compile else model
+    return TrainState(model, optimizer, forward, grad_scaler(engine))

@@ -6,22 +6,32 @@ Nothing needs a label, for the text is its own: the targets are the ids, one pla
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
 
 from nanolm.batches import Batch, check_ids, evaluation_batches, training_batch
-from nanolm.evaluation import bits_per_byte
-from nanolm.text.data import Dataset
-from nanolm.text.tokenizer import Tokenizer
+from nanolm.evaluation import bits_per_byte, loss_counts, mean_loss, perplexity
+from nanolm.model import GPT, build_model
+from nanolm.sampling import generate, rows_of
+from nanolm.text.data import Dataset, write_dataset
+from nanolm.text.tokenizer import Tokenizer, stream_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalTask:
-    """What is particular to next-token prediction, as a run asks for it."""
+    """What is particular to next-token prediction."""
 
     vocab_size: int
     block_size: int
     batch_size: int
     seed: int  # of the order of the windows
     eval_iters: int = 0  # batches of an evaluation of a split; 0: all of val, as many of train
+
+    prepare = staticmethod(write_dataset)
+    model = staticmethod(build_model)
+    tally = staticmethod(loss_counts)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -34,10 +44,14 @@ class CausalTask:
 
     def evaluation(self, dataset: Dataset, split: str) -> Iterator[Batch]:
         """The batches on which a split, "train" or "val", is evaluated: each time the same."""
-        whole = math.ceil((len(dataset.val) - 1) / self.block_size / self.batch_size)
-        n = self.eval_iters or (whole if split == "train" else 0)
+        n = self.evaluation_size(dataset)
         for batch in evaluation_batches(getattr(dataset, split), **self.shape, n_batches=n):
             yield self.checked(batch)
+
+    def evaluation_size(self, dataset: Dataset) -> int:
+        """How many batches evaluation yields, at most."""
+        windows = math.ceil((len(dataset.val) - 1) / self.block_size)
+        return self.eval_iters or math.ceil(windows / self.batch_size)
 
     def checked(self, batch: Batch) -> Batch:
         """The batch, if the model has an embedding for each of its ids."""
@@ -45,15 +59,42 @@ class CausalTask:
             check_ids(ids, self.vocab_size)
         return batch
 
-    def score(self, val_loss: float, dataset: Dataset) -> dict[str, float]:
-        """What the loss of the validation text means beside itself."""
-        return {"bits_per_byte": bits_per_byte(val_loss, dataset.bytes_per_token)}
+    def score(self, counts: Tensor, dataset: Dataset) -> dict[str, float]:
+        """The loss that tally's sums give, and what it means for this text."""
+        loss = mean_loss(counts)
+        bits = bits_per_byte(loss, dataset.bytes_per_token)
+        return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits}
 
-    def opening(self, tokenizer: Tokenizer) -> list[int]:
-        """The tokens after which a model begins a text: a document's end, or that of a line."""
-        if tokenizer.end_of_text is not None:
-            return [tokenizer.end_of_text]
-        try:
-            return tokenizer.encode("\n")
-        except ValueError:  # an alphabet without line ends
-            return [0]
+    def baselines(self) -> dict[str, float]:
+        """Losses of models that have learned nothing, by what they do."""
+        return {f"a blind guess, ln({self.vocab_size})": math.log(self.vocab_size)}
+
+    @staticmethod
+    def answer(
+        model: GPT,
+        tokenizer: Tokenizer,
+        text: str,
+        *,
+        n: int = 1,
+        generator: torch.Generator | None = None,
+        **knobs: float | None,
+    ) -> list[Iterator[str]]:
+        """n ways in which the model continues the text, drawn side by side, each in pieces.
+
+        Without a text, it begins one. A way ends with its document. knobs: those of generate.
+        """
+        ids = tokenizer.encode(text, allowed_special="all") if text else opening(tokenizer)
+        prompt = torch.tensor([ids], device=model.head.weight.device).expand(n, -1)
+        rows = rows_of(generate(model, prompt, **knobs, generator=generator), n)
+        end = tokenizer.end_of_text
+        return [stream_text(tokenizer, takewhile(lambda i: i != end, row)) for row in rows]
+
+
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """The tokens after which a model begins a text: a document's end, or that of a line."""
+    if tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return tokenizer.encode("\n")
+    except ValueError:  # an alphabet without line ends
+        return [0]

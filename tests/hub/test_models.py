@@ -327,7 +327,7 @@ def test_a_run_starts_where_the_pretrained_model_stands_and_lowers_its_loss(
 ):
     """The shape is the folder's, but for dropout and a shorter context."""
     # drawing takes longer
-    monkeypatch.setattr("nanolm.runs.log.draw_losses", lambda *_, **__: False)
+    monkeypatch.setattr("nanolm.runs.pictures.draw_losses", lambda *_, **__: False)
     theirs = save_theirs(Path("theirs"), their_config(family))
     assert run_main("prepare", "new", "--input=text.txt", "--tokenizer=theirs")[0] == 0
     flags = ["--dataset=new", "--init_from=theirs", "--out_dir=out/new", f"--block_size={asked}"]

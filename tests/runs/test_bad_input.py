@@ -250,7 +250,7 @@ ROWS = [
     row("over a run", nothing, ("train", *TINY, "--out_dir=out/tiny"), "out/tiny", "=resume"),
     row("other model", nothing, (*RESUME, "--n_layer=2"), "n_layer is 1 there and 2 here"),
     row("damaged", change("out/tiny/*.pt", flip), RESUME, "out/tiny", "damaged"),
-    row("cut off", change("out/tiny/*.pt", lambda b: b[:99]), RESUME, "no sound", "--overwrite"),
+    row("cut off", change("out/tiny/*.pt", lambda b: b[:99]), RESUME, "no sound", "--out_dir"),
     row("lost tokens", remove("out/tiny/*tokenizer*"), RESUME, "has lost its", "data/tiny"),
     row("itself", nothing, (*AGAIN_FROM, "--init_from=out/tiny"), "also the out_dir", "=resume"),
     row(

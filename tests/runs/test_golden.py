@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 from nanolm.runs.checkpoint import load
-from nanolm.runs.folder import check_content, load_trained
+from nanolm.runs.load import check_fits, load_trained
 from nanolm.runs.log import read_metrics
 from nanolm.runs.prepare import prepare
 from nanolm.runs.settings import TrainConfig
@@ -29,7 +29,7 @@ RUN = json.loads((GOLDEN / "run.json").read_text(encoding="utf-8"))
 @pytest.fixture
 def golden_text(workplace, monkeypatch) -> Path:
     """The current folder, with data/golden."""
-    monkeypatch.setattr("nanolm.runs.log.draw_losses", lambda *_, **__: False)
+    monkeypatch.setattr("nanolm.runs.pictures.draw_losses", lambda *_, **__: False)
     prepare("golden", inputs=(str(GOLDEN / "text.txt"),))
     return workplace
 
@@ -54,8 +54,8 @@ def test_training_follows_the_curve(golden_text):
 
 def test_a_checkpoint_of_long_ago_still_predicts_what_it_did():
     assert (GOLDEN / "run" / "step_00000030.pt").stat().st_size < 100_000
-    model, tokenizer, step = load_trained(GOLDEN / "run")
-    assert step == 30
+    model, tokenizer, content = load_trained(GOLDEN / "run")
+    assert content["step"] == 30
     ids = torch.tensor([tokenizer.encode(RUN["prompt"])])
     with torch.no_grad():
         logits, _ = model(ids)
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_long_ago_still_predicts_what_it_did():
 def test_a_checkpoint_of_long_ago_can_still_be_resumed(golden_text):
     """Its config may lack keys that are younger than it, and have others."""
     folder = Path(shutil.copytree(GOLDEN / "run", "out/golden"))
-    saved = load(folder / "step_00000030.pt", check_content)
+    saved = load(folder / "step_00000030.pt", check_fits)
     keys = {key: saved["config"][key] for key in RUN["keys"]}
     start_run(TrainConfig(**keys, init_from="resume", out_dir=str(folder)))
     assert max(abs(a - b) for a, b in zip(losses(folder), RUN["losses"], strict=True)) <= 1e-3

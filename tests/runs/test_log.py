@@ -8,20 +8,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanolm.runs.log import (
-    Metrics,
-    draw_losses,
+    Log,
     duration,
     peak_flops,
     read_metrics,
     wandb_log,
 )
+from nanolm.runs.pictures import draw_losses
+from nanolm.runs.settings import TrainConfig
 
-SHAPE = {"max_iters": 20, "eval_interval": 5, "log_interval": 2}
+CONFIG = TrainConfig(
+    max_iters=20,
+    eval_interval=5,
+    log_interval=2,
+    batch_size=10,
+    block_size=10,
+    gradient_accumulation_steps=1,
+)
 
 
-def log(path, start=0, **keys) -> Metrics:
-    keys = {**SHAPE, "tokens_per_update": 100, "flops_per_token": 10.0, **keys}
-    return Metrics(path, start, evaluated=start, **keys)
+def log(path, start=0, **keys) -> Log:
+    return Log(path, CONFIG, start, evaluated=start, flops_per_token=10.0, **keys)
 
 
 def write_run(metrics, first, last):
@@ -29,12 +36,12 @@ def write_run(metrics, first, last):
     for step in range(first, last):
         metrics.update(step, loss=4.0 - step / 10, lr=0.1, grad_norm=1.0, seconds=0.5)
         if (step + 1) % 5 == 0:
-            metrics.evaluation(step + 1, seconds=1.0, train_loss=3.0, val_loss=3.5)
+            metrics.evaluation(step + 1, {"train_loss": 3.0, "val_loss": 3.5}, seconds=1.0)
 
 
 def test_each_step_comes_once_per_kind(tmp_path):
     metrics = log(tmp_path / "m")
-    metrics.evaluation(0, seconds=1.0, train_loss=4.0, val_loss=4.0)
+    metrics.evaluation(0, {"train_loss": 4.0, "val_loss": 4.0}, seconds=1.0)
     write_run(metrics, 0, 20)
     rows = read_metrics(tmp_path / "m")
     assert [row["step"] for row in rows if "loss" in row] == [*range(0, 20, 2), 19]

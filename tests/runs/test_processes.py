@@ -9,17 +9,14 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from itertools import pairwise, permutations
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,12 +32,12 @@ from nanolm.precision import Engine
 from nanolm.runs import checkpoint, run, start
 from nanolm.runs.log import read_metrics
 from nanolm.runs.processes import (
+    all_or_none,
+    any_of,
+    broadcast,
     choose_backend,
     find_world,
-    from_first,
-    one_by_one,
     own_gpu,
-    united,
 )
 from nanolm.system.files import lock
 from nanolm.system.signals import SIGNALS
@@ -85,10 +82,10 @@ def train_watched(fault: Callable[[TrainState, World], None], *arguments: str) -
         row = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
         rows.append(row | {key: fingerprint(part) for key, part in parts.items()})
 
-    def watched_loop(state, engine, **options):
-        fault(state, options["world"])
-        note(state)
-        loop(state, engine, **options)
+    def watched_loop(watched):
+        fault(watched.state, watched.world)
+        note(watched.state)
+        loop(watched)
 
     def watched_update(state, *details, **options):
         result = update(state, *details, **options)
@@ -209,14 +206,6 @@ def trace(state: TrainState, world: World) -> None:
 
         return call
 
-    @contextmanager
-    def noted_no_sync(no_sync=state.forward.no_sync):
-        note("no_sync {")
-        with no_sync():
-            yield
-        note("}")
-
-    state.forward.no_sync = noted_no_sync
     state.forward.register_comm_hook(None, allreduce_hook)  # what DDP does, but in Python
     state.forward.forward = noted("forward", state.forward.forward)
     torch.Tensor.backward = noted("backward", torch.Tensor.backward)
@@ -227,15 +216,12 @@ def trace(state: TrainState, world: World) -> None:
 
 @pytest.mark.parametrize("accumulation", [4, 6])
 def test_gradients_are_summed_once_per_update(accumulation):
-    """After the last micro-batch of each process; and there is one more message, a small one.
-
-    no_sync must be entered before the forward pass: DDP decides there what a backward will do.
-    """
+    """After the last micro-batch of each process; and there is one more message, a small one."""
     keys = [f"--gradient_accumulation_steps={accumulation}", "--max_iters=5"]
     train_together(2, "--out_dir=out/x", *keys, fault=trace)
     weights = checkpoint.load("out/x/step_00000005.pt")["model"]
     n = sum({tensor.data_ptr(): tensor.numel() for tensor in weights.values()}.values())
-    held_back = ["no_sync {", "forward", "backward", "}"] * (accumulation // 2 - 1)
+    held_back = ["forward", "backward"] * (accumulation // 2 - 1)
     message = f"sum of {1 + len(SIGNALS)}"  # the loss, and which signals came
     expected = [*held_back, "forward", f"sum of {n}", "backward", message]
     for rank in (0, 1):
@@ -249,7 +235,8 @@ def evaluate_watched(*arguments: str) -> None:
     def watched(model, batches, **options):
         batches = list(batches)
         with open(f"batches{os.environ['RANK']}.jsonl", "a") as file:
-            print(json.dumps([batch["ids"].tolist() for batch in batches]), file=file)
+            counted = [batch for batch in batches if (batch["targets"] >= 0).any()]
+            print(json.dumps([batch["ids"].tolist() for batch in counted]), file=file)
         return evaluate(model, batches, **options)
 
     run.evaluate = watched
@@ -443,7 +430,7 @@ def train_without_memory(*arguments: str) -> None:
         raise ValueError("the model\ndoes not fit")
 
     if os.environ["RANK"] == "1":
-        start.fresh_model = fail
+        start.make_task = fail
     run_train(*arguments)
 
 
@@ -473,29 +460,6 @@ def test_what_is_wrong_at_the_start_is_said_once_and_changes_nothing(child, key,
     assert line in logs()[0]
     assert logs()[1] == ""
     assert files() == before
-
-
-def train_elsewhere(*arguments: str) -> None:
-    """train.py, with the second process on a machine that does not share the first one's disk."""
-    if os.environ["RANK"] == "1":
-        os.chdir("elsewhere")
-    run_train(*arguments)
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_machines_with_disks_of_their_own_train_together_unless_one_hides_a_run(old):
-    """Which machine is the first one is torchrun's choice, and may change from start to start."""
-    shutil.copytree("data", "elsewhere/data")
-    if old:
-        shutil.copytree("out/tiny", "elsewhere/out/x")
-    children = start_ranks(2, train_elsewhere, *FLAGS, "--out_dir=out/x", "--init_from=auto")
-    assert end(*children, timeout=30) == [2 * old] * 2, logs()
-    if old:
-        (line,) = errors()
-        assert "out/x of this machine holds step_00000004.pt" in line
-        assert "share the folder" in line
-    assert Path("out/x").exists() == (not old)
-    assert Path("elsewhere/out").exists() == old
 
 
 def die(state: TrainState, world: World, *, rank: int, evaluating: bool) -> None:
@@ -538,24 +502,17 @@ def test_a_process_alone_needs_no_others():
     """Nothing of torch.distributed is touched: what it would tell others stays as it is."""
     assert not dist.is_initialized()
     assert ALONE.leads
-    assert ALONE.add_up(0.1, 2.0) == [0.1, 2.0]
-    assert from_first(ALONE, lambda: 7) == one_by_one(ALONE, lambda: 7) == 7
-    for call in (from_first, one_by_one):
-        with pytest.raises(ZeroDivisionError):
-            call(ALONE, lambda: 1 / 0)
-    with pytest.raises(ValueError, match=r"^as it is$"), united(ALONE):
+    assert ALONE.all_reduce(torch.tensor([0.5, 2.0])).tolist() == [0.5, 2.0]
+    assert any_of(ALONE, [True, False]) == [True, False]
+    assert broadcast(ALONE, lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        broadcast(ALONE, lambda: 1 / 0)
+    with pytest.raises(ValueError, match=r"^as it is$"), all_or_none(ALONE):
         raise ValueError("as it is")
     model, engine = torch.nn.Linear(2, 3), Engine("cuda:7", "float32", compile=False)
     with ALONE.sharing_gradients(model) as forward:
         assert forward is model
     assert own_gpu(ALONE, engine) is engine
-
-
-@pytest.mark.parametrize("came", [(), SIGNALS[:1], SIGNALS])
-def test_what_an_update_tells_is_the_loss_and_which_signals_came(came):
-    flags = [number in came for number in SIGNALS]
-    message = ALONE.sum_up(torch.tensor(0.5), flags)
-    np.testing.assert_array_equal(message, [0.5, *(float(number in came) for number in SIGNALS)])
 
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")

@@ -14,18 +14,19 @@ from outcomes import cut, frozen, numbers
 from nanolm import sampling
 from nanolm.batches import training_batch
 from nanolm.runs.checkpoint import load
-from nanolm.runs.log import draw_losses
+from nanolm.runs.pictures import draw_losses
 from nanolm.runs.prepare import prepare
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import start_run
 from nanolm.system.config import load_config
+from nanolm.tasks import causal
 from nanolm.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr("nanolm.runs.log.draw_losses", lambda *_, **__: False)
+    monkeypatch.setattr("nanolm.runs.pictures.draw_losses", lambda *_, **__: False)
 
 
 def train(*arguments: str) -> Path:
@@ -105,7 +106,7 @@ def test_auto_starts_or_resumes_and_a_finished_run_says_so(tiny_run, capsys):
     assert "resumed at step 2" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in Path("out/x").iterdir()}
     train("--init_from=auto", "--max_iters=4", "--lr_decay_iters=4")
-    assert "out/x is finished: 4 of 4 updates are made" in capsys.readouterr().out
+    assert "out/x is finished: 4 of 4 updates made" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in Path("out/x").iterdir()}
 
 
@@ -167,7 +168,7 @@ def test_evaluation_never_changes_training(tiny_run):
 
 def test_a_run_leaves_its_files_and_no_others(tiny_run, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("nanolm.runs.log.draw_losses", draw_losses)
+    monkeypatch.setattr("nanolm.runs.pictures.draw_losses", draw_losses)
     folder = train("--keep_checkpoints=1")
     names = {"run.json", "nanolm_tokenizer.json", "metrics.jsonl", "loss.png"}
     names |= {"step_00000004.pt", "best.pt"}
@@ -239,7 +240,7 @@ def test_a_compiled_run_learns_what_an_eager_one_does(backend, tiny_run, monkeyp
 
 
 def test_a_run_too_long_for_a_cpu_says_so_and_names_another_config(tiny_run, capsys, monkeypatch):
-    monkeypatch.setattr("nanolm.runs.run.CPU_FLOPS_PER_THREAD", 1.0)
+    monkeypatch.setattr("nanolm.runs.console.CPU_FLOPS_PER_THREAD", 1.0)
     train()
     assert re.search(
         r"warning +this run takes .* config/shakespeare_cpu\.py", capsys.readouterr().out
@@ -395,13 +396,13 @@ def test_sampling_continues_the_prompt_and_takes_the_newest_run(tiny_run, run_ma
 
 def test_texts_are_written_side_by_side(tiny_run, run_main, monkeypatch):
     """Of five texts two at a time; each is a row of its batch, and none is like another."""
-    batches, generate = [], sampling.generate
+    batches, generate = [], causal.generate
 
     def watched(*args, **options):
         batches.append(torch.stack(list(generate(*args, **options)), dim=1))
         yield from batches[-1].T
 
-    monkeypatch.setattr(sampling, "generate", watched)
+    monkeypatch.setattr(causal, "generate", watched)
     flags = ["--num_samples=5", "--batch_size=2", "--max_new_tokens=9", "--start=1 little"]
     texts = run_main("sample", *flags)[1].split("\n---------------\n")[:-1]
     tokenizer = load_tokenizer(Path("out/tiny"))
@@ -420,7 +421,7 @@ def test_the_first_text_is_shown_while_it_is_written(tiny_run, run_main, monkeyp
             made.append(i)
             yield torch.full((len(ids),), i % 3)
 
-    monkeypatch.setattr(sampling, "generate", watched)
+    monkeypatch.setattr(causal, "generate", watched)
     monkeypatch.setattr(
         sampling,
         "until",

@@ -7,8 +7,8 @@ import pytest
 from conftest import TINY
 
 import sample
-from nanolm import sampling
 from nanolm.precision import Hardware
+from nanolm.tasks import causal
 
 STORY = "Hi."
 
@@ -17,7 +17,7 @@ STORY = "Hi."
 def storyteller(workplace, run_main, monkeypatch) -> None:
     """The current folder, with a run that has learned one very short story."""
     # drawing takes longer
-    monkeypatch.setattr("nanolm.runs.log.draw_losses", lambda *_, **__: False)
+    monkeypatch.setattr("nanolm.runs.pictures.draw_losses", lambda *_, **__: False)
     Path("a.jsonl").write_text(f'{{"text": "{STORY}"}}\n' * 200)
     run_main("prepare", "stories", "--input=a.jsonl", "--tokenizer=bpe:257")
     keys = ("--max_iters=100", "--learning_rate=0.05", "--eval_interval=100", "--batch_size=8")
@@ -29,8 +29,8 @@ def test_a_sample_ends_with_its_document_and_a_prompt_may_begin_one(
     storyteller, run_main, monkeypatch
 ):
     """The token that stands between documents is never written; as a prompt it is understood."""
-    generate = Mock(wraps=sampling.generate)
-    monkeypatch.setattr(sampling, "generate", generate)
+    generate = Mock(wraps=causal.generate)
+    monkeypatch.setattr(causal, "generate", generate)
     for start, rest in [("<|endoftext|>", STORY), (STORY[:1], STORY[1:]), (STORY, "")]:
         out = run_main("sample", f"--start={start}", "--temperature=0", "--num_samples=2")[1]
         assert out == f"{start}{rest}\n---------------\n" * 2

@@ -48,7 +48,7 @@ AUTO = [*FLAGS, "--init_from=auto"]
 # at the others, process 0 is busy and the others wait for it.
 MOMENTS = {
     "start-up": (run_start, "find_dataset"),
-    "update": (training, "accumulate_gradients"),
+    "update": (training, "target_shares"),
     "evaluation": (run, "evaluate"),  # twice: one for each split
     "save": (torch, "save"),
 }
@@ -515,9 +515,9 @@ def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(
     Path("script.py").write_text(
         "import sys\n"
         "from functools import partial\n"
-        "from nanolm.runs import log as metrics\n"
+        "from nanolm.runs import pictures\n"
         "from test_signals import die, train_disturbed\n"
-        "metrics.draw_losses = lambda *_, **__: False\n"
+        "pictures.draw_losses = lambda *_, **__: False\n"
         f"act = partial(die, {number and int(number)}, {of})\n"
         f"train_disturbed({moment!r}, {call}, act, *sys.argv[1:])\n"
     )

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanolm.loss import NO_TARGET
+from nanolm.tasks import causal
 from nanolm.tasks.causal import CausalTask
 from nanolm.text.data import Dataset
 from nanolm.text.tokenizer import BPETokenizer, CharTokenizer
@@ -51,8 +53,9 @@ def test_an_id_without_an_embedding_is_named_before_the_model_sees_it():
 
 def test_the_loss_is_also_said_in_bits_per_byte():
     """ln 2 nats for a token of three bytes are a third of a bit for each."""
-    score = CausalTask(**TASK).score(np.log(2), dataset_of(9))
-    assert score == {"bits_per_byte": pytest.approx(1 / 3)}
+    score = CausalTask(**TASK).score(torch.tensor([8 * np.log(2), 8]), dataset_of(9))
+    wanted = {"loss": np.log(2), "perplexity": 2, "bits_per_byte": 1 / 3}
+    assert score == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -65,4 +68,4 @@ def test_the_loss_is_also_said_in_bits_per_byte():
     ids=["end of text", "line end", "neither"],
 )
 def test_a_text_begins_after_the_end_of_another_one(tokenizer, opening):
-    assert CausalTask(**TASK).opening(tokenizer) == opening
+    assert causal.opening(tokenizer) == opening

@@ -1,0 +1,65 @@
+"""What a run says of itself on the console, before its first update and after its last."""
+
+import torch
+
+from nanolm.model import count_parameters, flops_per_token
+from nanolm.runs.log import duration
+from nanolm.runs.run import Run
+
+# What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
+CPU_FLOPS_PER_THREAD = 2e10
+
+
+def describe(run: Run, source: str) -> None:
+    """Say what is about to happen, and why so. source: where the run starts from."""
+    config, meta = run.config, run.dataset.meta
+    print(f"run       {run.folder}, {source}")
+    describe_engine(run)
+    print(
+        f"data      {run.dataset.folder}: {meta['train']['tokens']:,} tokens for training, "
+        f"{meta['val']['tokens']:,} for validation, {config.vocab_size:,} different ones"
+    )
+    print(f"model     {count_parameters(run.state.model):,} parameters")
+    if not config.eval_only:
+        describe_work(run)
+
+
+def describe_engine(run: Run) -> None:
+    """Say where the run computes, and why there."""
+    engine = run.engine
+    names = (engine.device, engine.dtype, "compiled" if engine.compile else "not compiled")
+    labels = ("device", "precision", "compile")
+    for label, name, reason in zip(labels, names, engine.reasons, strict=True):
+        print(f"{label:9} {name} ({reason})")
+    if run.world.size > 1:
+        n = run.config.gradient_accumulation_steps // run.world.size
+        print(f"processes {run.world.size}, with {n} of an update's micro-batches each")
+
+
+def describe_work(run: Run) -> None:
+    """Say how much there is to do, and what the losses on the console are."""
+    config, step = run.config, run.state.step
+    per_update = config.tokens_per_update
+    epochs = config.max_iters * per_update / run.dataset.meta["train"]["tokens"]
+    print(f"updates   {config.max_iters:,} of {per_update:,} tokens each: {epochs:.2f} epochs")
+    print("loss      of an update: on its own batch, before it; train and val: on fixed batches")
+    for name, value in run.task.baselines().items():
+        print(f"          {name} = {value:.4f}: where a fresh model starts")
+    flops = flops_per_token(run.state.model) * per_update * (config.max_iters - step)
+    seconds = flops / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
+    if run.engine.device_type == "cpu" and seconds > 3600:
+        print(
+            f"warning   this run takes a CPU like this one about {duration(seconds)}; "
+            "config/shakespeare_cpu.py and config/pydocs.py are made for CPUs"
+        )
+
+
+def describe_end(run: Run, seconds: float) -> None:
+    """Say what came out, and how to use it."""
+    print(f"done      in {duration(seconds)}")
+    best = run.log.best() if run.log else None
+    if best:
+        kinds = [key for key in best if key not in ("step", "train_loss", "val_loss")]
+        scores = [f"{key.replace('_', ' ')} {best[key]:.4f}" for key in kinds]
+        print(", ".join((f"best      validation loss {best['val_loss']:.4f}", *scores)))
+    print(f"          sample from it with: python sample.py --out_dir={run.folder}")
