@@ -77,8 +77,8 @@ def check_replaceable(config: TrainConfig, folder: Path, source: str | None) -> 
     harmless = config.overwrite or (config.eval_only and source is not None)
     if holds_a_run(folder) and not harmless:
         raise ValueError(
-            f"{folder} holds a run already: continue it with --init_from=resume, choose another "
-            "--out_dir, or replace it with --overwrite=true"
+            f"--init_from=resume continues the run that {folder} holds already; to begin another, "
+            "choose another --out_dir, or replace this one with --overwrite=true"
         )
     if source and Path(source).is_dir() and folder.samefile(source) and not config.eval_only:
         raise ValueError(

@@ -225,7 +225,8 @@ def fit_to_start(config: TrainConfig, start: Start) -> TrainConfig:
         return config
     old = start.checkpoint["config"]
     if not start.resumes:
-        return replace(take_shape(config, old, start.source), init_from=start.source)
+        config = replace(config, init_from=start.source, pretrained=None)
+        return take_shape(config, old, start.source)
     origin = old["init_from"]
     if origin not in ("scratch", "auto", "resume"):
         config = take_shape(config, old, config.out_dir)
@@ -243,7 +244,9 @@ def fit_to_start(config: TrainConfig, start: Start) -> TrainConfig:
         )
     for key in sorted(changed - {"init_from", "pretrained", "overwrite", "eval_only", "out_dir"}):
         print(f"changed   {key}: {old[key]!r} before, {new[key]!r} now")
-    return replace(config, init_from=origin)  # which says where the shape came from
+    return replace(
+        config, init_from=origin, pretrained=None
+    )  # which says where the shape came from
 
 
 def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:

@@ -242,6 +242,7 @@ ROWS = [
     row("below a file", nothing, train("--out_dir=text.txt/a"), "'text.txt/a'", "--out_dir"),
     row("is a file", nothing, train("--out_dir=text.txt"), "out_dir='text.txt'", "--out_dir"),
     row("start", nothing, train("--init_from=gpt9"), "init_from='gpt9'", "scratch, resume"),
+    row("two starts", nothing, train("--pretrained=gpt2"), "pretrained='gpt2'", "=auto"),
     row("start nameless", nothing, train("--init_from="), "init_from=''", "scratch, resume"),
     row("pretrained", write("a/config.json"), train("--out_dir=a"), "out_dir='a'", "of its own"),
     row("start empty", folder("a"), train("--init_from=a"), "a", "no", "train"),

@@ -3,10 +3,12 @@
 import os
 import pickle
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from nanolm.runs import checkpoint
 from nanolm.runs.checkpoint import BEST, FORMAT, load, load_best, load_newest, save, step_files
 
 
@@ -36,11 +38,27 @@ def test_the_newest_are_kept_and_best_apart(tmp_path):
 
 
 def test_best_is_found_where_links_are_not_possible(tmp_path, monkeypatch):
+    """The copy is on the disk before it gets its name, so that a power cut leaves no half."""
+    events, replace, sync = [], os.replace, checkpoint.sync
+
     def no_link(*_):
         raise OSError("not supported")
 
+    def noted_replace(source, target):
+        events.append(("named", Path(target).name))
+        replace(source, target)
+
+    def noted_sync(path):
+        events.append(("synced", Path(path).name))
+        sync(path)
+
     monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(checkpoint, "sync", noted_sync)
     save(tmp_path, content(3), best=True, keep=1)
+    copied = events.index(("named", "step_00000003.pt"))
+    assert events[copied - 1][0] == "synced"
+    assert "step_00000003.pt" in events[copied - 1][1]
     save(tmp_path, content(4), best=False, keep=1)
     assert same(load_best(tmp_path)[0], content(3))
 
@@ -92,7 +110,9 @@ class Bomb:
         return os.mkdir, ("bombed",)
 
 
-@pytest.mark.parametrize("kind", ["empty", "short", "text", "other", "pickle", "code", "folder"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "short", "text", "older", "newer", "pickle", "code", "folder"]
+)
 def test_a_bad_file_is_named_and_the_one_before_it_is_taken(kind, workplace):
     save(workplace, content(1), best=False, keep=5)
     path = save(workplace, content(2), best=False, keep=5)
@@ -102,8 +122,10 @@ def test_a_bad_file_is_named_and_the_one_before_it_is_taken(kind, workplace):
         path.write_bytes(path.read_bytes()[:-1])
     elif kind == "text":
         path.write_text("this is no checkpoint")
-    elif kind == "other":
-        torch.save({"format": FORMAT + 1}, path)
+    elif kind == "older":
+        torch.save({**content(2), "format": FORMAT - 1}, path)
+    elif kind == "newer":
+        torch.save({**content(2), "format": FORMAT + 1}, path)
     elif kind == "pickle":
         path.write_bytes(pickle.dumps(Bomb()))
     elif kind == "code":

@@ -179,6 +179,12 @@ def test_a_run_leaves_its_files_and_no_others(tiny_run, monkeypatch):
     assert record["versions"]["torch"] == torch.__version__
 
 
+def test_of_equal_losses_the_first_stays_the_best(tiny_run):
+    still = ["--learning_rate=1e-30", "--min_lr=0", "--weight_decay=0", "--eval_iters=0"]
+    folder = train(*still, "--max_iters=4", "--eval_interval=1")
+    assert load(folder / "best.pt")["step"] == 1
+
+
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss(tiny_run):
     """At a rate that is too high, the loss rises again after its best."""
     folder = train(
@@ -272,7 +278,7 @@ def test_a_run_is_not_replaced_unless_told_to(tiny_run):
     folder = train()
     for path in folder.glob("step_*"):
         path.unlink()
-    with pytest.raises(ValueError, match="out/x holds a run already"):
+    with pytest.raises(ValueError, match="run that out/x holds already"):
         train("--init_from=scratch")
 
 
@@ -307,7 +313,7 @@ def test_the_model_of_a_run_is_not_mistaken_for_a_fresh_one_by_eval_only(tiny_ru
     """It says nothing of the run that is there, unless told to resume it."""
     train()
     with pytest.raises(
-        ValueError, match="holds a run already: continue it with --init_from=resume"
+        ValueError, match="--init_from=resume continues the run that out/x holds already"
     ):
         train("--eval_only=true")
 
@@ -354,6 +360,20 @@ def test_a_run_from_weights_resumes_with_the_flags_it_began_with(tiny_run):
         start_run(load_config(TrainConfig, [*flags, f"--max_iters={steps}", f"--init_from={way}"]))
     config = load("out/x/step_00000006.pt")["config"]
     assert (config["n_layer"], config["norm"], config["init_from"]) == (1, "rms", str(tiny_run))
+
+
+def test_one_line_starts_and_continues_a_finetuning(tiny_run, capsys):
+    """With nothing to resume, auto begins with the weights; later it does not go back to them."""
+    line = [*TINY, "--out_dir=out/x", "--init_from=auto", f"--pretrained={tiny_run}"]
+    said = []
+    for steps in (2, 4):
+        start_run(load_config(TrainConfig, [*line, f"--max_iters={steps}"]))
+        said.append(capsys.readouterr().out)
+    assert f"from the weights of {tiny_run}" in said[0]
+    assert "resumed at step 2" in said[1]
+    whole = [*TINY, "--out_dir=out/y", f"--init_from={tiny_run}", "--max_iters=4"]
+    start_run(load_config(TrainConfig, [*whole, "--lr_decay_iters=4"]))
+    assert [row["step"] for row in numbers("out/x")] == [row["step"] for row in numbers("out/y")]
 
 
 def test_a_smaller_context_cuts_the_positions_of_the_weights(tiny_run, capsys):

@@ -551,5 +551,5 @@ def test_a_run_that_is_refused_is_refused_when_started_again(tiny_run):
     for life in (0, 1):
         words = (life, "update", 1, partial(die, None, 9), *FLAGS, "--max_iters=9")
         assert end(*start_ranks(2, train_in_life, *words)) == [2, 2]
-        assert "out/x holds a run already" in said_by(2)
+        assert "out/x holds already" in said_by(2)
     assert all_files() == before
