@@ -90,6 +90,7 @@ def open_data(config: TrainConfig, world: World) -> tuple[TrainConfig, Dataset]:
 
     Raises ValueError or FileNotFoundError where there is none, or none that fits.
     """
+    config = broadcast(world, lambda: config)  # that of process 0 counts for all
     broadcast(world, lambda: find_dataset(config.dataset) and None)
     with all_or_none(world):
         dataset = find_dataset(config.dataset)
@@ -100,26 +101,15 @@ def open_data(config: TrainConfig, world: World) -> tuple[TrainConfig, Dataset]:
                 "tokens; leave this key out"
             )
         config = replace(config, vocab_size=n)
-    mine = {**asdict(config), "text": dataset.meta["train"]["sha256"]}
-    first = broadcast(world, lambda: mine)
+        text = dataset.meta["train"]["sha256"]
+    first = broadcast(world, lambda: text)
     with all_or_none(world):
-        check_alike(mine, first, dataset.folder)
+        if text != first:
+            raise ValueError(
+                f"{dataset.folder} of this machine holds other tokens than that of process 0: "
+                "copy the folder from there"
+            )
     return config, dataset
-
-
-def check_alike(mine: dict, first: dict, folder: Path) -> None:
-    """Raise ValueError where this process would make another run than process 0."""
-    other = [key for key in mine if mine[key] != first[key]]
-    if other == ["text"]:
-        raise ValueError(
-            f"{folder} of this machine holds other tokens than that of process 0: copy the folder "
-            "from there"
-        )
-    if other:
-        raise ValueError(
-            f"{other[0]} is {mine[other[0]]!r} here and {first[other[0]]!r} in process 0: start "
-            "all processes with the same config"
-        )
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
