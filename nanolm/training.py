@@ -146,16 +146,16 @@ def update(
         torch.manual_seed(dropout_seed(seed, state.step, number))
         world.sync_gradients(state.forward, number == mine[-1])
         with engine.autocast():
-            _, loss = state.forward(**engine.move(micro_batches[number]))
+            _, loss = state.forward(**engine.move(micro_batches[number]))  # forward
         loss = loss * shares[number]
-        state.scaler.scale(loss * world.size).backward()  # DDP takes the mean, and this the sum
+        state.scaler.scale(loss * world.size).backward()  # backward; DDP divides by world.size
         total += loss.detach()
     sums = world.all_reduce(with_flags(total, requests()))
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
     norm, loss, *requested = torch.cat((norm[None], sums)).tolist()  # the one wait for a GPU
     if math.isfinite(loss) and math.isfinite(norm):
-        with engine.autocast():  # Muon has matrix products, the others none
+        with engine.autocast():  # for the matrix products of Muon
             state.scaler.step(state.optimizer)
         state.skipped = 0
     elif not fp16_scale_is_settling(state, loss):
@@ -181,7 +181,7 @@ def fp16_scale_is_settling(state: TrainState, loss: float) -> bool:
 
 
 class Run(Protocol):
-    """What the loop asks of a run."""
+    """What the loop asks of a run. That of train.py is in runs/run.py."""
 
     state: TrainState
     engine: Engine

@@ -1,4 +1,15 @@
 """What a model can be trained for: one file each, all that the training loop does not know.
 
-What enters makes batches, chooses the model, tallies and scores it, and shows an answer.
+A task is a small frozen dataclass of the keys that it needs, and says:
+
+    prepare            how documents become arrays on disk
+    batch              micro-batch number i of a run, a dict of arrays: "targets", and what else
+                       the model's forward takes
+    evaluation         the batches of an evaluation, and evaluation_size how many they are
+    model              which of the book's models a config asks for
+    tally, score       counts that add up over batches and processes; what they mean, loss first
+    baselines          losses of models that have learned nothing
+    answer             what sample.py shows
+
+What enters is one file, and one line in table.py.
 """
