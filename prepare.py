@@ -3,10 +3,16 @@
 Writes data/NAME. Known names (pydocs, shakespeare_char, shakespeare) bring their own text.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, just ends them
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from dataclasses import dataclass
 
 from nanolm.runs.prepare import TOKENIZER_BYTES, prepare
-from nanolm.system.config import load_config, run_script
+from nanolm.system.config import load_config
+from nanolm.system.script import run_script
 from nanolm.system.workers import n_cores
 from nanolm.text.data import check_dataset, open_dataset
 

@@ -1,5 +1,10 @@
 """Sample from a trained model: python sample.py [--out_dir=PATH] [--key=value ...]"""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, just ends them
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import sys
 from dataclasses import dataclass
@@ -12,7 +17,8 @@ from nanolm.precision import Engine, Hardware, choose_device, choose_engine, fin
 from nanolm.runs.folder import newest_run
 from nanolm.runs.load import load_model
 from nanolm.sampling import check_knobs, until
-from nanolm.system.config import load_config, run_script
+from nanolm.system.config import load_config
+from nanolm.system.script import run_script
 from nanolm.tasks.causal import CausalTask
 from nanolm.text.corpus import read_text
 

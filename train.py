@@ -1,20 +1,29 @@
 """Train a model: python train.py [CONFIG_FILE] [--key=value ...]; --help lists the keys."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, just ends them
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
 
-from nanolm.runs.folder import RUNS
+from nanolm.runs.folder import RUN_FILE, RUNS, recorded
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import start_run
-from nanolm.system.config import load_config, run_script, split_arguments
+from nanolm.system.config import load_config, split_arguments
+from nanolm.system.script import run_script
 
 DEFAULT = Path(__file__).parent / "config" / "pydocs.py"
 
 
 def main(arguments: list[str]) -> None:
-    files, _ = split_arguments(arguments, get_type_hints(TrainConfig))
-    if not files:
+    files, given = split_arguments(TrainConfig, arguments)
+    record = Path(given.get("out_dir") or "", RUN_FILE)
+    if not files and given.get("init_from") in ("resume", "auto") and recorded(record.parent):
+        print(f"no config file given: going on as {record} says")
+        arguments = [str(record), *arguments]
+    elif not files:
         print(f"no config file given: training as config/{DEFAULT.name} says")
         files, arguments = [str(DEFAULT)], [str(DEFAULT), *arguments]
     config = load_config(TrainConfig, arguments)

@@ -17,7 +17,7 @@ modern model are two configurations of one class:
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,11 +39,11 @@ class ModelConfig:
     n_embd: int = 768  # channels of the residual stream
     dropout: float = 0.0  # probability that an activation is dropped in training
     bias: bool = False  # biases in linear layers and layer norms
-    norm: str = "layer"  # layer | rms
+    norm: str = "layer"  # what keeps activations at one scale
     norm_eps: float = 1e-5  # added to the variance, against division by zero
-    position: str = "learned"  # learned | sinusoidal | rotary
+    position: str = "learned"  # how it knows the order of tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    mlp: str = "gelu"  # gelu | swiglu | relu2
+    mlp: str = "gelu"  # the other half of a block
     n_hidden: int | None = None  # channels inside the MLP; None: 4 n_embd (swiglu: 8/3 n_embd)
     n_kv_head: int | None = None  # key/value heads; None: n_head
     head_size: int | None = None  # channels of a head; None: n_embd / n_head
@@ -57,14 +57,18 @@ class ModelConfig:
         for key in ("norm_eps", "rope_theta"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
-        require_choice("norm", self.norm, NORMS)
-        require_choice("position", self.position, POSITIONS)
-        require_choice("mlp", self.mlp, MLPS)
+        for key, allowed in self.choices().items():
+            require_choice(key, getattr(self, key), allowed)
         self._fill_in()
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}")
         if self.position == "rotary" and self.head_size % 2:
             raise ValueError(f"head_size={self.head_size}: position='rotary' needs an even one")
+
+    @staticmethod
+    def choices() -> dict[str, Collection[str]]:
+        """What the keys that name something may be."""
+        return {"norm": NORMS, "position": POSITIONS, "mlp": MLPS}
 
     def _fill_in(self):
         """Replace each None by what follows from other keys: a config says all of its shape."""

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from nanolm.runs import pictures
 from nanolm.runs.settings import TrainConfig
-from nanolm.system.config import run_script
+from nanolm.system.script import run_script
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(

@@ -5,6 +5,7 @@ import io
 import os
 import runpy
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+
+from nanolm.system.signals import answered_by
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{i} little wolves met {i * i} foxes,\nand {i % 7} ran.\n" for i in range(40))
@@ -57,7 +60,8 @@ def pytest_collection_modifyitems(items):
 
 def run_here(script: str, *arguments: object) -> int:
     """Run train, sample or prepare in this process and folder; returns its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
+    answer = signal.getsignal(signal.SIGINT)  # which a script sets, and this process keeps
+    with pytest.MonkeyPatch.context() as patch, answered_by(answer, [signal.SIGINT]):
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")

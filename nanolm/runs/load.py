@@ -19,7 +19,8 @@ from nanolm.model import GPT, build_model
 from nanolm.runs import checkpoint
 from nanolm.runs.folder import holds_a_run
 from nanolm.runs.settings import model_config_of
-from nanolm.system.config import load_config, run_script
+from nanolm.system.config import load_config
+from nanolm.system.script import run_script
 from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 

@@ -4,9 +4,10 @@ Names, and most defaults, are nanoGPT's where the meaning is the same, so that i
 mean here what they mean there. `python train.py --help` prints this table.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 
-from nanolm.layers import ModelConfig, require_at_least, require_choice, require_fraction
+from nanolm.layers import ModelConfig, require_at_least, require_fraction
 from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nanolm.runs.processes import BACKENDS
 from nanolm.tasks.table import TASKS
@@ -19,7 +20,7 @@ class TrainConfig(ModelConfig):
     vocab_size: int | None = None  # set by the tokenizer
     # the run
     out_dir: str | None = None  # folder of the run; None: out/<name of the config file>
-    task: str = "causal"  # what to train for: see nanolm/tasks
+    task: str = "causal"  # what to train for
     init_from: str = "scratch"  # scratch | resume | auto | gpt2[-medium...] | FOLDER | OWNER/NAME
     pretrained: str | None = None  # auto, with nothing to resume: begin with this model's weights
     overwrite: bool = False  # let scratch replace the run that is in out_dir
@@ -39,7 +40,7 @@ class TrainConfig(ModelConfig):
     gradient_accumulation_steps: int = 40  # micro-batches per update
     seed: int = 1337  # of weights, data order and dropout
     # optimizer
-    optimizer: str = "adamw"  # adamw | muon | lamb | sgd: see nanolm/optim.py
+    optimizer: str = "adamw"  # what turns gradients into steps
     learning_rate: float = 6e-4  # at its peak
     max_iters: int = 600000  # updates
     weight_decay: float = 1e-1  # of matrices
@@ -47,7 +48,7 @@ class TrainConfig(ModelConfig):
     beta2: float = 0.95  # decay of the running mean of their squares
     grad_clip: float = 1.0  # gradients longer than this are scaled down; 0: none
     decay_lr: bool = True  # False: the same rate at every update
-    schedule: str = "cosine"  # cosine | trapezoid
+    schedule: str = "cosine"  # how the rate falls
     warmup_iters: int = 2000  # updates of linear warm-up
     lr_decay_iters: int | None = None  # update at which min_lr is reached; None: max_iters
     cooldown_iters: int | None = None  # trapezoid: length of the slope; None: lr_decay_iters / 5
@@ -56,7 +57,7 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: precision of matrix products
     compile: bool | str = "auto"  # auto | True | False
-    backend: str = "auto"  # auto | nccl | gloo: how several processes talk to each other
+    backend: str = "auto"  # how several processes talk to each other
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,10 +77,12 @@ class TrainConfig(ModelConfig):
                 f"pretrained={self.pretrained!r} goes with --init_from=auto, and init_from is "
                 f"{self.init_from!r}"
             )
-        require_choice("task", self.task, TASKS)
-        require_choice("optimizer", self.optimizer, OPTIMIZERS)
-        require_choice("schedule", self.schedule, SCHEDULES)
-        require_choice("backend", self.backend, ("auto", *BACKENDS))
+
+    @staticmethod
+    def choices() -> dict[str, Collection[str]]:
+        """What the keys that name something may be."""
+        names = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "task": TASKS}
+        return {**ModelConfig.choices(), **names, "backend": ("auto", *BACKENDS)}
 
     @property
     def tokens_per_update(self) -> int:

@@ -98,7 +98,7 @@ def open_data(config: TrainConfig, world: World) -> tuple[TrainConfig, Dataset]:
         if config.vocab_size not in (None, n):
             raise ValueError(
                 f"vocab_size={config.vocab_size}: the tokenizer of {dataset.folder} has {n} "
-                "tokens; leave this key out"
+                "tokens; choose the dataset of this model, or leave this key out"
             )
         config = replace(config, vocab_size=n)
         text = dataset.meta["train"]["sha256"]

@@ -5,22 +5,21 @@ looks like Python, `key = value` per line, and is data: it is parsed and never e
 nothing in it can do harm, and every mistake in it has a line number.
 """
 
+import argparse
 import ast
 import difflib
 import inspect
+import json
 import operator
-import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable
-from contextlib import redirect_stdout
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-
-from nanolm.system.signals import Stopped, leaving_at_once
 
 LARGEST = sys.float_info.max
 OPERATORS = {
@@ -39,6 +38,11 @@ def read_config_file(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
     ValueError with the line that is anything else.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is a folder, and no config file: give that of a run with --out_dir={path}, "
+            f"that of a model with --init_from={path}"
+        )
     if not path.is_file():
         there = ", ".join(sorted(str(p) for p in Path("config").glob("*.py")))
         raise FileNotFoundError(
@@ -102,43 +106,14 @@ def number(value: Any, node: ast.expr) -> int | float:
     return value
 
 
-def split_arguments(
-    arguments: Iterable[str], hints: dict[str, Any]
-) -> tuple[list[str], dict[str, Any]]:
-    """Command-line words as (positional words, {key: value}), for --key=value and --key value.
-
-    A switch may stand alone (--overwrite), and a key that takes several values takes all words up
-    to the next key. Raises ValueError for an unknown key or a missing value.
-    """
-    words, positional, values = list(arguments), [], {}
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            positional.append(word)
-            continue
-        key, equals, value = word[2:].partition("=")
-        check_key(key, hints)
-        several = typing.get_origin(hints[key]) is tuple
-        if several:
-            found = [value] if equals else []
-            while words and not words[0].startswith("--"):
-                found.append(words.pop(0))
-            value = (*values.get(key, ()), *found)
-        elif not equals and hints[key] is bool:
-            value = words.pop(0) if words and words[0].lower() in SWITCH else "True"
-        elif not equals:
-            if not words or words[0].startswith("--"):
-                raise ValueError(f"--{key} needs a value: --{key}=VALUE")
-            value = words.pop(0)
-        values[key] = value if several else from_text(value, hints[key])
-    return positional, values
-
-
-def check_key(key: str, known: Iterable[str]) -> None:
-    """Raise ValueError for a key that is not known, with the names nearest to it."""
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see --help for all keys"
+def check_key(key: str, cls: type) -> None:
+    """Raise ValueError for a key that cls has not, naming those like it, or that speak of it."""
+    comments = comments_of(cls)
+    if key not in comments:
+        near = difflib.get_close_matches(key, comments, n=3, cutoff=0.6)
+        speak_of_it = [name for name in comments if key in re.findall(r"\w+", comments[name])]
+        names = " or ".join(near or speak_of_it)
+        hint = f"did you mean {names}?" if names else "see --help for all keys"
         raise ValueError(f"unknown key {key!r}: {hint}")
 
 
@@ -195,104 +170,86 @@ def load_config(cls: type, arguments: Iterable[str], *, positional: Collection[s
     Raises ValueError or FileNotFoundError with one line about what is wrong.
     """
     hints = typing.get_type_hints(cls)
-    words, from_line = split_arguments(arguments, hints)
+    words, from_line = split_arguments(cls, arguments)
     defaults = {field.name: field.default for field in fields(cls)}
     values = {}
-    if positional and len(words) > len(positional):
+    if len(words) > len(positional) > 0:
         wanted = " ".join(positional).upper()
         raise ValueError(f"{words[len(positional)]!r}: only {wanted} is wanted, before any --key")
     if positional:
         values.update(zip(positional, words, strict=False))
     else:
         for path in words:
-            found = read_config_file(path, {**defaults, **values})
-            for key in found:
-                try:
-                    check_key(key, hints)
-                except ValueError as error:
-                    raise ValueError(f"{path}: {error}") from None
-            values.update(found)
+            values.update(read_keys(path, cls, {**defaults, **values}))
     values.update(from_line)
-    missing = [
-        key for key, default in defaults.items() if default is MISSING and key not in values
-    ]
-    if missing:
-        raise ValueError(f"{missing[0].upper()} is missing; see --help")
+    for key, default in defaults.items():
+        if default is MISSING and key not in values:
+            raise ValueError(f"{key.upper()} is missing; see --help")
     return cls(**{key: coerce(key, value, hints[key]) for key, value in values.items()})
 
 
-def help_text(cls: type) -> str:
-    """One line per key of the dataclass: the comment beside it, and its default."""
-    entries, defaults = {}, {field.name: field.default for field in fields(cls)}
+def read_keys(path: str, cls: type, known: dict[str, Any]) -> dict[str, Any]:
+    """The keys of cls that a config file sets, or that a run's own record (JSON) holds."""
+    if path.endswith(".json"):
+        recorded = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
+        return {key: recorded[key] for key in comments_of(cls) if key in recorded}
+    found = read_config_file(path, known)
+    for key in found:
+        try:
+            check_key(key, cls)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return found
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises what it has to say against a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def split_arguments(cls: type, arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Command-line words as (words without dashes, {key: value}).
+
+    Raises ValueError for an unknown key or a missing value.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    hints = typing.get_type_hints(cls)
+    for field in fields(cls):
+        how = {"type": partial(from_text, hint=hints[field.name])}
+        if hints[field.name] is bool:
+            how |= {"nargs": "?", "const": True}  # a switch may stand alone
+        if typing.get_origin(hints[field.name]) is tuple:
+            how = {"nargs": "+", "action": "extend"}
+        parser.add_argument(f"--{field.name}", **how)
+    found, words = parser.parse_known_args(list(arguments))
+    for word in words:
+        if word.startswith("--"):
+            check_key(word[2:].partition("=")[0], cls)
+    lists = {key: tuple(value) for key, value in vars(found).items() if isinstance(value, list)}
+    return words, vars(found) | lists
+
+
+def comments_of(cls: type) -> dict[str, str]:
+    """The comment beside each field of a dataclass, with what its choices() says of it."""
+    choices = cls.choices() if hasattr(cls, "choices") else {}
+    comments = {}
     for owner in [base for base in reversed(cls.__mro__) if "__dataclass_fields__" in vars(base)]:
         for line in inspect.getsource(owner).splitlines():
             if match := re.fullmatch(r"    (\w+): [^=]+?(?: = .+?)?  # (.+)", line):
                 key, comment = match.groups()
-                default = defaults[key]
-                name = key.upper() if default is MISSING else f"--{key}"  # a word without dashes
-                entries[name] = comment + ("" if default is MISSING else f" [{default!r}]")
-    return "\n".join(f"  {name}".ljust(32) + entry for name, entry in entries.items())
+                listed = f": {' | '.join(choices[key])}" if key in choices else ""
+                comments[key] = comment + listed
+    return comments
 
 
-def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoReturn:
-    """Run a script's main on the command line's words.
-
-    What the user can cause is one line and exit code 2; a signal is one line and 128 + its number.
-    Of several processes that torchrun has started, the first one speaks.
-    """
-    arguments = sys.argv[1:]
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # no run ends because a terminal lacks a character
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        with (
-            leaving_at_once(),
-            open(os.devnull, "w") as nowhere,
-            redirect_stdout(sys.stdout if is_first() else nowhere),
-        ):
-            if {"-h", "--help"}.intersection(arguments):
-                print(f"{usage.strip()}\n\n{help_text(cls)}")
-            else:
-                main(arguments)
-        if sys.stdout:  # it may be closed
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader has left, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        sys.exit(complain(error))
-    except (MemoryError, RuntimeError) as error:
-        reason = explain(error)
-        if reason is None:
-            raise
-        sys.exit(complain(reason))
-    except Stopped as stop:
-        if is_first():
-            print(f"\n{stop}", file=sys.stderr)
-        sys.exit(128 + stop.number)
-    sys.exit(0)
-
-
-def is_first() -> bool:
-    """Whether torchrun, if it has started this process, has started it as the first one."""
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-
-
-def explain(error: Exception) -> str | None:
-    """What to do about an error that lies in the machine; None for one that lies in the code."""
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile fails here ({str(error).splitlines()[0]}); use --compile=false"
-    # Python's, a CPU's or a GPU's allocator, or a tensor's size in bytes gave out
-    out = isinstance(error, MemoryError) or "memory" in str(error) or "Storage size" in str(error)
-    return f"out of memory: make the batch or the model smaller ({error})" if out else None
-
-
-def complain(error: Exception | str) -> int:
-    """Print an error as one line on stderr, and return the exit code for it.
-
-    What all processes raise is said by the first; what only one knows of has a note that names it.
-    """
-    notes = getattr(error, "__notes__", [])
-    if is_first() or notes:
-        print(" ".join(["error:", *str(error).splitlines(), *notes]), file=sys.stderr)
-    return 2
+def help_text(cls: type) -> str:
+    """One line per key of the dataclass: the comment beside it, and its default."""
+    comments, lines = comments_of(cls), []
+    for field in fields(cls):
+        word = field.default is MISSING
+        name = field.name.upper() if word else f"--{field.name}"
+        default = "" if word else f" [{field.default!r}]"
+        lines.append(f"  {name}".ljust(32) + comments[field.name] + default)
+    return "\n".join(lines)

@@ -137,7 +137,7 @@ ROWS = [
     # keys and values
     row("unknown key", nothing, train("--n_layers=2"), "'n_layers'", "did you mean n_layer"),
     row("wrong type", nothing, train("--n_layer=two"), "n_layer='two'", "whole number"),
-    row("no value", nothing, train("--n_layer"), "--n_layer=VALUE"),
+    row("no value", nothing, train("--n_layer"), "--n_layer: expected one argument"),
     row("batch_size", nothing, train("--batch_size=-1"), "batch_size=-1", "at least 1"),
     row("block_size", nothing, train("--block_size=0"), "block_size=0", "at least 1"),
     row("max_iters", nothing, train("--max_iters=-1"), "max_iters=-1", "at least 0"),
@@ -258,7 +258,9 @@ ROWS = [
         "step folder", folder("out/tiny/step_7.pt"), AGAIN_FROM, "step_7.pt is a folder", "remove"
     ),
     row("log folder", folder("out/new/metrics.jsonl"), TRAIN, "is a folder", "remove it first"),
-    row("other tokens", other_text("xyz" * 99), (*RESUME, "--dataset=other"), "another tokenizer"),
+    row(
+        "other tokens", other_text("xyz" * 99), (*RESUME, "--dataset=other"), "choose the dataset"
+    ),
     # sampling
     row("no run", folder("a"), ("sample", "--out_dir=a"), "a holds no model", "train.py"),
     row("no runs", remove("out/*/*.pt"), ("sample",), "no run in out/", "train.py", "--out_dir"),

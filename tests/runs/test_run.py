@@ -362,6 +362,15 @@ def test_a_run_from_weights_resumes_with_the_flags_it_began_with(tiny_run):
     assert (config["n_layer"], config["norm"], config["init_from"]) == (1, "rms", str(tiny_run))
 
 
+def test_a_run_goes_on_without_its_config_file(tiny_run, run_main):
+    """It once took config/pydocs.py, and complained about another tokenizer."""
+    words = ["--out_dir=out/tiny", "--init_from=resume", "--max_iters=6"]
+    code, out, err = run_main("train", *words)
+    assert (code, err) == (0, "")
+    assert out.startswith("no config file given: going on as out/tiny/run.json says\n")
+    assert "resumed at step 4" in out
+
+
 def test_one_line_starts_and_continues_a_finetuning(tiny_run, capsys):
     """With nothing to resume, auto begins with the weights; later it does not go back to them."""
     line = [*TINY, "--out_dir=out/x", "--init_from=auto", f"--pretrained={tiny_run}"]

@@ -34,7 +34,7 @@ from nanolm.runs import start as run_start
 from nanolm.runs.checkpoint import load, step_files, step_of
 from nanolm.runs.log import read_metrics
 from nanolm.system import signals
-from nanolm.system.config import run_script
+from nanolm.system.script import run_script
 from nanolm.system.signals import STOP, Stopped, held_back, leaving_at_once, noting
 from nanolm.text import data
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import math
 import re
 
@@ -10,6 +11,7 @@ from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nanolm.layers import MLPS
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import coerce, help_text, load_config, read_config_file
 
@@ -103,7 +105,7 @@ def test_words_become_values_of_the_wanted_type(words, key, value):
         ("--lr_decay_iters=-inf", "lr_decay_iters=-inf: must be a finite number"),
         ("--overwrite=maybe", "overwrite='maybe': must be True or False"),
         ("--lr_decay_iters=2.5", "lr_decay_iters=2.5: must be a whole number or None"),
-        ("--dataset", "--dataset needs a value: --dataset=VALUE"),
+        ("--dataset", "argument --dataset: expected one argument"),
     ],
 )
 def test_words_of_the_wrong_type_are_refused(word, said):
@@ -112,7 +114,7 @@ def test_words_of_the_wrong_type_are_refused(word, said):
 
 
 def test_a_key_is_not_the_value_of_the_key_before_it():
-    with pytest.raises(ValueError, match="--out_dir needs a value"):
+    with pytest.raises(ValueError, match="argument --out_dir: expected one argument"):
         train_config("--out_dir", "--overwrite")
 
 
@@ -124,6 +126,13 @@ def test_an_unknown_key_is_answered_with_the_nearest(key, near, config_file):
     for words in ([f"--{key}=3"], [config_file("seed = 1", f"{key} = 3")]):
         with pytest.raises(ValueError, match=f"unknown key '{key}': did you mean .*{near}"):
             train_config(*words)
+
+
+@pytest.mark.parametrize(("word", "said"), [("--prompt=x", "start"), ("--lr=1", "see --help")])
+def test_a_key_of_another_name_is_found_by_what_it_says(word, said):
+    """Who comes from elsewhere writes --prompt."""
+    with pytest.raises(ValueError, match=f"unknown key '{word[2:-2]}': .*{said}"):
+        load_config(class_of("sample"), [word])
 
 
 def test_a_key_like_no_other_is_answered_with_help():
@@ -342,6 +351,19 @@ def test_a_missing_file_is_answered_with_those_there(workplace):
         train_config("other.py")
 
 
+def test_the_folder_of_a_run_is_no_config_file_and_is_told_from_one(workplace):
+    (workplace / "out").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"out is a folder, .*--out_dir=out, "):
+        load_config(class_of("sample"), ["out"])
+
+
+def test_a_record_of_a_run_is_a_config_file(workplace):
+    """What has left nanolm since then is left out."""
+    record = {"config": {"n_layer": 3, "gone": 1}, "processes": 2}
+    (workplace / "run.json").write_text(json.dumps(record))
+    assert train_config("run.json", "--n_head=4") == TrainConfig(n_layer=3, n_head=4)
+
+
 # ------------------------------------------------------------------------------------------
 # nanoGPT's files mean here what they mean there
 
@@ -528,6 +550,13 @@ def class_of(script):
     import sample
 
     return {"sample": sample.SampleConfig, "prepare": prepare.PrepareConfig}[script]
+
+
+def test_help_lists_the_choices_from_the_tables_that_the_code_uses(monkeypatch):
+    monkeypatch.setitem(MLPS, "brand-new", MLPS["gelu"])
+    assert re.search(r"--mlp .*: gelu \| swiglu \| relu2 \| brand-new \[", help_text(TrainConfig))
+    for key, table in TrainConfig.choices().items():
+        assert re.search(rf"--{key} .*: {re.escape(' | '.join(table))} \[", help_text(TrainConfig))
 
 
 def test_help_shows_the_default_of_the_class_itself():

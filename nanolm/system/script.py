@@ -1,0 +1,74 @@
+"""A script: words in, lines out, an exit code that says how it went."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import NoReturn
+
+from nanolm.system.config import help_text
+from nanolm.system.signals import Stopped, leaving_at_once
+
+
+def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoReturn:
+    """Run a script's main on the command line's words.
+
+    What the user can cause is one line and exit code 2; a signal is one line and 128 + its number.
+    Of several processes that torchrun has started, the first one speaks.
+    """
+    arguments = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no run ends because a terminal lacks a character
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with (
+            leaving_at_once(),
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(sys.stdout if is_first() else nowhere),
+        ):
+            if {"-h", "--help"}.intersection(arguments):
+                print(f"{usage.strip()}\n\n{help_text(cls)}")
+            else:
+                main(arguments)
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        sys.exit(complain(error))
+    except (MemoryError, RuntimeError) as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        sys.exit(complain(reason))
+    except Stopped as stop:
+        if is_first():
+            print(f"\n{stop}", file=sys.stderr)
+        sys.exit(128 + stop.number)
+    sys.exit(0)
+
+
+def is_first() -> bool:
+    """Whether torchrun, if it has started this process, has started it as the first one."""
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
+def explain(error: Exception) -> str | None:
+    """What to do about an error that lies in the machine; None for one that lies in the code."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile fails here ({str(error).splitlines()[0]}); use --compile=false"
+    # Python's, a CPU's or a GPU's allocator, or a tensor's size in bytes gave out
+    out = isinstance(error, MemoryError) or "memory" in str(error) or "Storage size" in str(error)
+    return f"out of memory: make the batch or the model smaller ({error})" if out else None
+
+
+def complain(error: Exception | str) -> int:
+    """Print an error as one line on stderr, and return the exit code for it.
+
+    What all processes raise is said by the first; what only one knows of has a note that names it.
+    """
+    notes = getattr(error, "__notes__", [])
+    if is_first() or notes:
+        print(" ".join(["error:", *str(error).splitlines(), *notes]), file=sys.stderr)
+    return 2
