@@ -1,8 +1,12 @@
-"""The README says what is true: its commands, flags, files and output are those of the project."""
+"""The README and the pages of docs/ say what is true, and are short enough to be read."""
 
+import ast
 import importlib
+import io
 import re
 import shlex
+import tokenize
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,21 +24,31 @@ from prepare import PrepareConfig
 from sample import SampleConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "nanolm"
+PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "config" / "README.md"]
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
+README = PAGES["README.md"]
+OUTPUT = re.search(r"```\n(\$ make train\n.*?)```", README, re.DOTALL)[1]
 SCRIPTS = {
     "train.py": (TrainConfig, ()),
     "prepare.py": (PrepareConfig, ("name",)),
     "sample.py": (SampleConfig, ()),
 }
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line
-]
-OTHERS = {"vllm", "llama-cli", "convert_hf_to_gguf.py"}  # programs of other projects
-OUTPUT = re.search(r"```\n(\$ make train\n.*?)```", README, re.DOTALL)[1]
+OTHERS = {"source", "vllm", "llama-cli", "convert_hf_to_gguf.py"}  # not ours
+
+# Tokens that make no line a line of code.
+NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of all pages in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
+
+
+COMMANDS = [line.split("  #")[0] for block in blocks("sh") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
 def test_every_command_is_one_that_the_project_understands(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *words = shlex.split(command)
@@ -58,28 +72,90 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
         raise AssertionError(f"{program} is no program of the project")
 
 
-def test_every_file_that_is_named_exists():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    named = re.findall(r"`((?:config|nanolm|tests|docs)/[\w./]*)`", README)
-    assert links
-    assert named
-    for path in links + named:
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_in_a_sentence_is_a_key_of_a_script(page):
+    prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    keys = {f"--{field.name}" for cls, _ in SCRIPTS.values() for field in fields(cls)}
+    flags = re.findall(r"`(--[\w-]+)", prose)
+    assert set(flags) <= {"--help", *keys, *get_args_parser()._option_string_actions}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_every_file_that_is_named_exists(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", PAGES[page])
+    named = re.findall(r"`((?:config|nanolm|tests|benchmarks|docs)/[\w./]*)`", PAGES[page])
+    paths = [*((ROOT / page).parent / link for link in links), *(ROOT / name for name in named)]
+    assert [path for path in paths if not path.exists()] == []
+
+
+def test_every_page_is_found_from_the_readme_and_is_short():
+    assert len(README.encode()) <= 9_000
+    pages = PAGES.keys() - {"README.md"}
+    assert set(re.findall(r"\]\(([^)#:]+\.md)\)", README)) == pages
+    assert [page for page in pages if PAGES[page].count("\n") > 120] == []
 
 
 def test_the_examples_in_python_hold(workplace):
     tokenizer = BPETokenizer.train(["a text"], 260)
     config = ModelConfig(vocab_size=260, block_size=64, n_layer=1, n_head=1, n_embd=4)
     export_model(GPT(config), tokenizer, "mymodel")
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
+    assert blocks("python")
+    for block in blocks("python"):
         exec(block, {})
 
 
 def test_every_config_has_its_row():
-    rows = re.findall(r"^\| `config/(\w+\.py)` \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `config/(\w+\.py)` \|", PAGES["config/README.md"], re.MULTILINE)
     assert sorted(rows) == sorted(path.name for path in (ROOT / "config").glob("*.py"))
+
+
+def test_what_the_readme_has_measured_is_on_the_page_about_speed():
+    rows = re.search(r"\| work \|.*?\n\n", README, re.DOTALL)[0].split("\n")
+    assert set(rows) <= set(PAGES["docs/speed.md"].split("\n"))
+
+
+def test_the_hour_of_reading_names_functions_that_exist_and_about_400_lines():
+    total = 0
+    for row in re.findall(r"^\d+\. (`.*)", README, re.MULTILINE):
+        file, *names = re.findall(r"`([\w.]+)`", row)
+        body = ast.parse((PACKAGE / file).read_text()).body
+        found = {n.name: n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        assert found.keys() >= set(names), file
+        total += sum(found[name].end_lineno - found[name].lineno + 1 for name in names)
+    assert 350 <= total <= 450
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a file, or of all files of a folder, without blanks, comments and docstrings."""
+    if path.is_dir():
+        return sum(map(code_lines, path.glob("*.py")))
+    text = path.read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(text.rstrip()).readline)
+    spans = [(token.start[0], token.end[0]) for token in tokens if token.type not in NO_CODE]
+    lines = {n for first, last in spans[:-1] for n in range(first, last + 1)}  # the last: the end
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_code_lines_are_those_that_hold_code(tmp_path):
+    text = '"""A\n\ndocstring."""\n\n# a comment\ndef f(x):  # 1\n    """Another."""\n\n'
+    text += '    y = """a\n    string"""  # 2 and 3\n    return (\n        x + y\n    )\n'
+    (tmp_path / "file.py").write_text(text)
+    assert code_lines(tmp_path / "file.py") == code_lines(tmp_path) == 6
+
+
+def test_the_tables_say_how_many_lines_of_code_there_are():
+    row = r"^(\| (?:\d+ \| )?`(\w+(?:/|\.py))` \| )[\d,]+ "
+    right = re.sub(
+        row, lambda m: f"{m[1]}{code_lines(PACKAGE / m[2]):,} ", README, flags=re.MULTILINE
+    )
+    pairs = zip(README.split("\n"), right.split("\n"), strict=True)
+    wrong = [new for old, new in pairs if old != new]
+    assert not wrong, "the code has changed: write these rows\n" + "\n".join(wrong)
 
 
 def test_the_output_shown_has_the_form_of_what_is_printed(tiny_run, run_main):
