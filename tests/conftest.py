@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 import torch
 
-from nanolm.system.signals import answered_by
+from nanolm.system.signals import handled_by
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{i} little wolves met {i * i} foxes,\nand {i % 7} ran.\n" for i in range(40))
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
 def run_here(script: str, *arguments: object) -> int:
     """Run train, sample or prepare in this process and folder; returns its exit code."""
     answer = signal.getsignal(signal.SIGINT)  # which a script sets, and this process keeps
-    with pytest.MonkeyPatch.context() as patch, answered_by(answer, [signal.SIGINT]):
+    with pytest.MonkeyPatch.context() as patch, handled_by(answer, [signal.SIGINT]):
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")

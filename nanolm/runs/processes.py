@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from nanolm.parallel import ALONE, World
 from nanolm.precision import Engine
-from nanolm.system.signals import STOP, Stopped, answered_by
+from nanolm.system.signals import STOP, Stopped, handled_by
 from nanolm.training import NotFinite
 
 # What carries tensors on a CPU, on a GPU. Objects and sums for the log always go from CPU to CPU.
@@ -131,7 +131,7 @@ def meet(world: World, backend: str) -> None:
     not where there are several machines, each of which counts its own restarts.
     """
     try:
-        with answered_by(signal.SIG_DFL, STOP):  # it waits without Python
+        with handled_by(signal.SIG_DFL, STOP):  # it waits without Python
             store, rank, size = next(dist.rendezvous("env://"))
             if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
                 store = dist.PrefixStore(f"life {world.restarts}", store)
@@ -156,7 +156,7 @@ def joined(backend: str) -> Iterator[World]:
         meet(world, backend)
         yield world
     except (Shared, NotFinite, Stopped):  # of all; who leaves alone would wait here for the others
-        with answered_by(lambda *_: None, STOP):  # torchrun may send a second one
+        with handled_by(lambda *_: None, STOP):  # torchrun may send a second one
             if dist.is_initialized():
                 dist.destroy_process_group()
         raise

@@ -25,7 +25,7 @@ from nanolm.runs.log import Log, peak_flops, wandb_log
 from nanolm.runs.processes import any_of, broadcast
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.files import sync, write_text
-from nanolm.system.signals import SIGNALS, STOP, Noted, Stopped, noting
+from nanolm.system.signals import SIGNALS, STOP, Signals, Stopped, collecting
 from nanolm.system.workers import progress
 from nanolm.text.data import Dataset
 from nanolm.text.tokenizer import TOKENIZER_FILE
@@ -44,7 +44,7 @@ class Run:
     state: TrainState
     world: World
     log: Log | None = None  # of process 0
-    signals: Noted = field(default_factory=Noted)  # those that wait for an answer
+    signals: Signals = field(default_factory=Signals)  # those that wait for an answer
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do."""
@@ -130,7 +130,7 @@ class Run:
         Raises Stopped in that case, and NotFinite where training breaks down.
         """
         try:
-            with noting(say=self.world.leads) as self.signals:
+            with collecting(say=self.world.leads) as self.signals:
                 train(self)
         except NotFinite as error:
             advice = "and a lower learning_rate, or dtype=float32"

@@ -26,9 +26,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def answered_by(
-    handler: Callable[[int, object], None], numbers: Collection[int]
-) -> Iterator[None]:
+def handled_by(handler: Callable[[int, object], None], numbers: Collection[int]) -> Iterator[None]:
     """Let handler(number, frame) answer these signals while the block runs."""
     if threading.current_thread() is not threading.main_thread():  # only this one may decide
         yield
@@ -49,11 +47,11 @@ def leaving_at_once() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing disturbs the way out
         raise Stopped(number)
 
-    with answered_by(leave, STOP), answered_by(lambda *_: None, SAVE):
+    with handled_by(leave, STOP), handled_by(lambda *_: None, SAVE):
         yield
 
 
-class Noted(set):
+class Signals(set):
     """The signals that came and wait for an answer."""
 
     def take(self) -> set[int]:
@@ -64,15 +62,15 @@ class Noted(set):
 
 
 @contextmanager
-def noting(*, say: bool) -> Iterator[Noted]:
+def collecting(*, say: bool) -> Iterator[Signals]:
     """Only note the signals that come while the block runs; but a second Ctrl-C leaves at once.
 
     say: answer the first ones with a line on stderr.
     """
-    noted = Noted()
+    signals = Signals()
 
     def note(number, frame):
-        noted.add(number)
+        signals.add(number)
         if number == signal.SIGINT:  # the next needs no Python, which may be waiting for a GPU
             signal.signal(number, signal.SIG_DFL)
         if say and sys.stderr and number in STOP:
@@ -81,8 +79,8 @@ def noting(*, say: bool) -> Iterator[Noted]:
             with suppress(OSError):  # print would fail where it interrupts another print
                 os.write(sys.stderr.fileno(), line.encode())
 
-    with answered_by(note, SIGNALS):
-        yield noted
+    with handled_by(note, SIGNALS):
+        yield signals
 
 
 @contextmanager
@@ -97,7 +95,7 @@ def held_back() -> Iterator[None]:
     came = []
     masks = hasattr(signal, "pthread_sigmask")  # not on Windows; processes inherit the mask
     try:
-        with answered_by(lambda number, frame: came.append(number), STOP):
+        with handled_by(lambda number, frame: came.append(number), STOP):
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP) if masks else None
             try:
                 yield

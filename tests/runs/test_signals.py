@@ -35,7 +35,7 @@ from nanolm.runs.checkpoint import load, step_files, step_of
 from nanolm.runs.log import read_metrics
 from nanolm.system import signals
 from nanolm.system.script import run_script
-from nanolm.system.signals import STOP, Stopped, held_back, leaving_at_once, noting
+from nanolm.system.signals import STOP, Stopped, collecting, held_back, leaving_at_once
 from nanolm.text import data
 
 SIGINT, SIGTERM, SIGUSR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
@@ -321,7 +321,7 @@ def handlers() -> dict:
 def came() -> Iterator[list[int]]:
     """The signals that reach whoever is outside of all blocks."""
     numbers = []
-    with signals.answered_by(lambda number, frame: numbers.append(number), signals.SIGNALS):
+    with signals.handled_by(lambda number, frame: numbers.append(number), signals.SIGNALS):
         yield numbers
 
 
@@ -332,8 +332,8 @@ def leave(block: Callable, *, by: type[BaseException] | None) -> None:
             raise by
 
 
-BLOCKS = [leaving_at_once, held_back, partial(noting, say=False)]
-BLOCKS += [partial(signals.answered_by, print, signals.SIGNALS)]
+BLOCKS = [leaving_at_once, held_back, partial(collecting, say=False)]
+BLOCKS += [partial(signals.handled_by, print, signals.SIGNALS)]
 every_block = pytest.mark.parametrize(
     "block", BLOCKS, ids=lambda block: getattr(block, "func", block).__name__
 )
@@ -415,15 +415,15 @@ def test_a_process_born_in_held_back_never_hears_of_a_signal_to_stop(came):
 
 
 def test_noting_only_notes(came, capfd):
-    with noting(say=False) as noted:
-        assert noted.take() == set()
+    with collecting(say=False) as came:
+        assert came.take() == set()
         for number in (SIGTERM, SIGUSR1, SIGTERM):
             signal.raise_signal(number)
-        assert noted.take() == {SIGTERM, SIGUSR1}
-        assert noted.take() == set()
+        assert came.take() == {SIGTERM, SIGUSR1}
+        assert came.take() == set()
         signal.raise_signal(SIGINT)
         assert signal.getsignal(SIGINT) == signal.SIG_DFL
-        assert noted.take() == {SIGINT}
+        assert came.take() == {SIGINT}
     assert came == []
     assert capfd.readouterr() == ("", "")
 
@@ -431,7 +431,7 @@ def test_noting_only_notes(came, capfd):
 def test_noting_says_what_will_come(capfd):
     lines = []
     for number, way in ((SIGTERM, ""), (SIGINT, " (Ctrl-C again leaves at once)")):
-        with noting(say=True):
+        with collecting(say=True):
             signal.raise_signal(SIGUSR1)
             signal.raise_signal(number)
         lines.append(f"\n{number.name}: finishing this step, then saving{way}\n")
