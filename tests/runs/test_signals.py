@@ -415,15 +415,15 @@ def test_a_process_born_in_held_back_never_hears_of_a_signal_to_stop(came):
 
 
 def test_noting_only_notes(came, capfd):
-    with collecting(say=False) as came:
-        assert came.take() == set()
+    with collecting(say=False) as signals_here:
+        assert signals_here.take() == set()
         for number in (SIGTERM, SIGUSR1, SIGTERM):
             signal.raise_signal(number)
-        assert came.take() == {SIGTERM, SIGUSR1}
-        assert came.take() == set()
+        assert signals_here.take() == {SIGTERM, SIGUSR1}
+        assert signals_here.take() == set()
         signal.raise_signal(SIGINT)
         assert signal.getsignal(SIGINT) == signal.SIG_DFL
-        assert came.take() == {SIGINT}
+        assert signals_here.take() == {SIGINT}
     assert came == []
     assert capfd.readouterr() == ("", "")
 
