@@ -6,10 +6,10 @@ long as the text. Characters outside its alphabet have no id. Byte pair encoding
 frequent words and for every byte, so its sequences are several times shorter, and no text is
 foreign to it.
 
-Every tokenizer here has a name, vocab_size, special_tokens, end_of_text, normalize, encode,
-decode, decode_bytes and save, and load_tokenizer reads back what save has written. A special token
-says something about the text and is no part of it: in a text to encode, its name is ordinary
-characters, unless the caller allows it to be more.
+Every tokenizer here has a name, vocab_size, special_tokens, begin_of_text, end_of_text, normalize,
+encode, decode, decode_bytes and save, and load_tokenizer reads back what save has written. A
+special token says something about the text and is no part of it: in a text to encode, its name is
+ordinary characters, unless the caller allows it to be more.
 """
 
 import codecs
@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import regex
 import tiktoken
@@ -42,8 +41,8 @@ from nanolm.bpe import (
 from nanolm.system.files import write_text
 from nanolm.system.workers import bundles, in_order, n_cores, progress
 from nanolm.text import gpt2
+from nanolm.text.pretrained import FORMAT, PretrainedTokenizer, look_up
 
-FORMAT = 1  # of the JSON file
 TOKENIZER_FILE = "nanolm_tokenizer.json"  # its name in the folder of a dataset or of a run
 END_OF_TEXT = "<|endoftext|>"
 
@@ -53,7 +52,7 @@ class CharTokenizer:
 
     kind = name = "char"
     special_tokens: Mapping[str, int] = {}
-    end_of_text = None
+    begin_of_text = end_of_text = None
 
     def __init__(self, characters: Iterable[str]):
         """characters: the alphabet; order and repetition do not matter."""
@@ -121,6 +120,7 @@ class BPETokenizer:
     """Byte-level byte pair encoding, with special tokens. bpe.py is the algorithm."""
 
     kind = "bpe"
+    begin_of_text = None
 
     def __init__(
         self,
@@ -330,18 +330,8 @@ class BPETokenizer:
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
-Tokenizer = CharTokenizer | BPETokenizer
-KINDS = {"char": CharTokenizer, "bpe": BPETokenizer}
-
-
-def look_up(table: Mapping[int, Any], ids: Iterable[int]) -> list:
-    """What the table has for each id. Raises ValueError where it has nothing."""
-    try:
-        return [table[i] for i in ids]
-    except KeyError as error:
-        raise ValueError(
-            f"id {error.args[0]} is outside the vocabulary of {len(table)} tokens"
-        ) from None
+Tokenizer = CharTokenizer | BPETokenizer | PretrainedTokenizer
+KINDS = {kind.kind: kind for kind in (CharTokenizer, BPETokenizer, PretrainedTokenizer)}
 
 
 def check_characters(text: str) -> None:

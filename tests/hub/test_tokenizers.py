@@ -1,29 +1,47 @@
 """Laws of tokenizers in Hugging Face's files: they encode there as they do here."""
 
 import json
-import shutil
+import pickle
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import CORPUS, GPT4_SPLIT, SPECIAL, tiktokens_gpt2  # noqa: F401
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from test_tokenizer import CORPUS, GPT4_SPLIT, SPECIAL
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from nanolm.bpe import N_BYTES
 from nanolm.hub.tokenizers import (
-    ANY_CHARACTER,
     find_tokenizer,
     is_pretrained,
+    pipeline_of,
     read_tokenizer,
     write_tokenizer,
 )
 from nanolm.text.data import open_dataset
-from nanolm.text.tokenizer import END_OF_TEXT, TOKENIZER_FILE, BPETokenizer, CharTokenizer
+from nanolm.text.pretrained import PretrainedTokenizer, open_pipeline
+from nanolm.text.tokenizer import (
+    END_OF_TEXT,
+    TOKENIZER_FILE,
+    BPETokenizer,
+    CharTokenizer,
+    load_tokenizer,
+    stream_text,
+)
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -102,9 +120,11 @@ def test_transformers_encodes_tiny_shakespeare_alike(pair, length, test_data):
 
 
 def test_transformers_has_the_same_tokens_and_ends_a_text_alike(pair):
+    """No token is for padding: a model there learns nothing about it, and a collator masks it."""
     ours, theirs = pair.ours, pair.theirs
     assert len(theirs) == ours.vocab_size
-    assert {theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id} == {ours.end_of_text}
+    assert theirs.bos_token_id == theirs.eos_token_id == ours.end_of_text
+    assert theirs.pad_token_id is None
     assert theirs.model_max_length == BLOCK_SIZE
     for token, i in ours.special_tokens.items():
         assert theirs.encode(f"b{token}b") == encode(ours, "b") + [i] + encode(ours, "b")
@@ -143,57 +163,92 @@ def test_a_special_token_that_a_file_takes_for_text_cannot_be_written(special, t
 
 
 # ------------------------------------------------------------------------------------------
-# In: what the library tokenizers has learned
+# In
 
 
-def learn(*steps, first=(), last=(), normalizer=None):
-    """tokenizer.json of a byte-level BPE; first, last: special tokens below and above the text's.
-
-    steps: its pre-tokenizers.
-    """
-    learned = tokenizers.Tokenizer(models.BPE())
-    learned.normalizer = normalizer
-    one = len(steps) == 1
-    learned.pre_tokenizer = steps[0] if one else pre_tokenizers.Sequence(list(steps))
-    learned.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=list(first), show_progress=False
-    )
-    learned.train_from_iterator(CORPUS, trainer)
-    learned.add_special_tokens(list(last))
-    return json.loads(learned.to_str())
+def pipeline(model, trainer=None, *, around="$A", **steps):
+    """A pipeline of the library; around: what it puts before and behind every text, $A."""
+    made = Tokenizer(model)
+    for name, step in steps.items():
+        setattr(made, name, step)
+    if trainer:
+        made.train_from_iterator(CORPUS, trainer(vocab_size=400, show_progress=False))
+    made.add_special_tokens(SPECIAL)
+    ends = [(token, made.token_to_id(token)) for token in SPECIAL]
+    made.post_processor = processors.TemplateProcessing(around, special_tokens=ends)
+    return made
 
 
-def with_merges_as_text(content):
-    """The file as the oldest versions of the library wrote it."""
-    model = {key: content["model"][key] for key in ("dropout", "unk_token", "vocab")}
-    merges = [" ".join(pair) for pair in content["model"]["merges"]]
-    return content | {"model": model | {"merges": merges}}
+def byte_level(*steps, **options):
+    """A byte-level BPE. steps: its pre-tokenizers."""
+    cut = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(list(steps))
+    trainer = partial(trainers.BpeTrainer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    options |= {"pre_tokenizer": cut, "decoder": decoders.ByteLevel()}
+    return pipeline(models.BPE(), trainer, **options)
 
 
-def with_every_merge(content):
+def with_every_merge(made):
     """The file as it is made from tiktoken's ranks: it names each way to cut a token in two."""
+    content = json.loads(made.to_str())
     ids = content["model"]["vocab"]
     cuts = [(token[:i], token[i:]) for token in ids for i in range(1, len(token))]
     merges = sorted((cut for cut in cuts if set(cut) <= set(ids)), key=lambda c: ids["".join(c)])
-    return content | {"model": content["model"] | {"merges": merges, "ignore_merges": True}}
+    content["model"] |= {"merges": merges, "ignore_merges": True}
+    return Tokenizer.from_str(json.dumps(content))
 
 
 by_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 digits = pre_tokenizers.Digits(individual_digits=True)
 by_gpt4, by_qwen = (
-    pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    for pattern in (GPT4_SPLIT, QWEN_SPLIT)
+    pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (GPT4_SPLIT, QWEN_SPLIT)
 )
-LIBRARYS = {
-    "GPT-2": learn(by_gpt2, last=SPECIAL),
-    "GPT-2, older": with_merges_as_text(learn(by_gpt2, last=SPECIAL)),
-    "Llama 3": with_every_merge(learn(by_gpt4, spell, last=SPECIAL)),
-    "Qwen": learn(by_qwen, spell, last=SPECIAL, normalizer=normalizers.NFC()),
-    "SmolLM": learn(digits, by_gpt2, first=SPECIAL),
+BYTE_LEVEL = {
+    "GPT-2": byte_level(by_gpt2),
+    "Llama 3": with_every_merge(byte_level(by_gpt4, spell, around=f"{END_OF_TEXT} $A")),
+    "Qwen": byte_level(by_qwen, spell, normalizer=normalizers.NFC()),
+    "SmolLM": byte_level(digits, by_gpt2),
 }
+words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(N_BYTES)), *"▁the", "▁t", "he", "▁the"]
+OTHERS = {
+    "Llama 2": pipeline(
+        models.BPE(
+            {word: i for i, word in enumerate(words)},
+            [("▁", "t"), ("h", "e"), ("▁t", "he")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        ),
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        decoder=decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+            + [decoders.Strip(" ", 1, 0)]
+        ),
+        around=f"{END_OF_TEXT} $A",
+    ),
+    "T5": pipeline(
+        models.Unigram(),
+        partial(trainers.UnigramTrainer, unk_token="<unk>", special_tokens=["<unk>"]),
+        pre_tokenizer=pre_tokenizers.Metaspace(),
+        decoder=decoders.Metaspace(),
+        around=f"$A {END_OF_TEXT}",
+    ),
+    "BERT": pipeline(
+        models.WordPiece(unk_token="[UNK]"),
+        partial(trainers.WordPieceTrainer, special_tokens=["[UNK]"]),
+        normalizer=normalizers.BertNormalizer(),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(),
+        around=f".* $A {END_OF_TEXT}",
+    ),
+}
+PIPELINES = BYTE_LEVEL | OTHERS
+
+
+def read(folder, pipeline, **settings):
+    """What is read where this pipeline and these settings are the files."""
+    content = pipeline if isinstance(pipeline, dict) else json.loads(pipeline.to_str())
+    write_json(folder, tokenizer=content, tokenizer_config=settings)
+    return read_tokenizer(folder)
 
 
 def write_json(folder, **contents):
@@ -202,267 +257,232 @@ def write_json(folder, **contents):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-@pytest.fixture(scope="module", params=LIBRARYS)
-def librarys(request, tmp_path_factory):
-    """A tokenizer of the library, and what is read of its file."""
-    folder = tmp_path_factory.mktemp("library")
-    write_json(folder, tokenizer=LIBRARYS[request.param])
-    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return SimpleNamespace(ours=read_tokenizer(folder), theirs=theirs)
+@pytest.fixture(scope="module", params=PIPELINES)
+def read_in(request, tmp_path_factory):
+    """A pipeline of the library (theirs), and what is read of its file (ours)."""
+    theirs = PIPELINES[request.param]
+    ours = read(tmp_path_factory.mktemp("library"), theirs)
+    bytes_only = request.param in BYTE_LEVEL
+    return SimpleNamespace(ours=ours, theirs=theirs, bytes_only=bytes_only)
 
 
 @given(text=texts)
-def test_a_tokenizer_of_the_library_encodes_every_text_alike_here(librarys, text):
-    ids = librarys.theirs.encode(text).ids
-    assert encode(librarys.ours, text) == ids
-    assert librarys.ours.decode(ids) == librarys.theirs.decode(ids, skip_special_tokens=False)
+def test_any_pipeline_encodes_and_decodes_every_text_as_the_library_does(read_in, text):
+    ids = read_in.theirs.encode(text, add_special_tokens=False).ids
+    assert encode(read_in.ours, text) == ids
+    assert read_in.ours.decode(ids) == read_in.theirs.decode(ids, skip_special_tokens=False)
 
 
-@given(words=st.lists(st.sampled_from([*"  \n\n\t\r'a1\u00bd\u0664\u1680.", "'s"]), max_size=9))
-def test_blanks_digits_and_apostrophes_are_cut_alike(librarys, words):
-    """Where the patterns differ from each other: what leaves a blank to the word after it."""
-    text = "".join(words)
-    assert encode(librarys.ours, text) == librarys.theirs.encode(text).ids
+@given(text=texts)
+def test_one_by_one_the_tokens_give_the_bytes_of_the_text(read_in, text):
+    """But for the blank that a text loses at its start, and BERT's blanks, which it forgets."""
+    ids = read_in.ours.encode(text)
+    streamed, whole = "".join(stream_text(read_in.ours, ids)), read_in.ours.decode(ids)
+    if read_in.bytes_only:
+        assert streamed == whole == read_in.ours.normalize(text)
+    else:
+        assert "".join(streamed.split()) == "".join(whole.split())
 
 
-def test_special_tokens_keep_their_ids_wherever_they_are(librarys):
-    ids = librarys.theirs.get_added_tokens_decoder()
-    assert librarys.ours.special_tokens == {token.content: i for i, token in ids.items()}
-    assert librarys.ours.vocab_size == librarys.theirs.get_vocab_size()
+@given(text=texts)
+def test_what_looks_like_a_special_token_is_ordinary_text(read_in, text):
+    ids = set(read_in.ours.encode(text))
+    assert not ids.intersection(read_in.ours.special_tokens.values()) or not read_in.bytes_only
+
+
+def test_what_is_read_is_the_same_in_datasets_exports_and_other_processes(read_in, tmp_path):
+    ours = read_in.ours
+    ours.save(tmp_path / TOKENIZER_FILE)
+    write(ours, tmp_path)
+    copies = load_tokenizer(tmp_path), read_tokenizer(tmp_path), pickle.loads(pickle.dumps(ours))
+    for copy in copies:
+        assert copy == ours
+        assert copy.encode(CORPUS[0] + END_OF_TEXT) == ours.encode(CORPUS[0] + END_OF_TEXT)
+    others = [theirs for theirs in PIPELINES.values() if theirs is not read_in.theirs]
+    assert ours not in [read(tmp_path, other) for other in others]
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("Llama 3", END_OF_TEXT),
+        ("Llama 2", END_OF_TEXT),
+        ("BERT", ".*"),
+        ("T5", None),
+        ("Qwen", None),
+    ],
+)
+def test_the_token_that_a_pipeline_puts_before_every_text_is_known(name, begin, tmp_path):
+    """Prompts for Llama 3 began without it, a text such as the model had never seen."""
+    ours = read(tmp_path, PIPELINES[name])
+    assert ours.begin_of_text == ours.special_tokens.get(begin)
+    assert ours.begin_of_text not in encode(ours, "a")
+
+
+def test_ids_may_have_gaps(tmp_path):
+    """A model has a row for each id below the largest, with or without a token."""
+    model = {"type": "BPE", "vocab": {"a": 3, "b": 5}, "merges": []}
+    ours = read(tmp_path, {"version": "1.0", "model": model, "decoder": {"type": "Fuse"}})
+    assert ours.vocab_size == 6
+    assert ours.decode_bytes([3, 4, 5]) == b"ab"
+    with pytest.raises(ValueError, match="id 6 is outside the vocabulary of 6 tokens"):
+        ours.decode_bytes([3, 6])
+
+
+def test_a_pipeline_does_not_pad_or_cut_off_texts(tmp_path):
+    """As files of models for sentences say."""
+    theirs = Tokenizer.from_str(BYTE_LEVEL["Qwen"].to_str())
+    theirs.enable_truncation(2)
+    theirs.enable_padding(length=99)
+    assert read(tmp_path, theirs).encode("a b c d e") == BYTE_LEVEL["Qwen"].encode("a b c d e").ids
+
+
+def test_without_the_package_it_is_said_what_to_install(tmp_path, monkeypatch):
+    read(tmp_path, BYTE_LEVEL["Qwen"]).save(tmp_path / TOKENIZER_FILE)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    open_pipeline.cache_clear()
+    refuses(tmp_path, "pip install tokenizers")
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        load_tokenizer(tmp_path).encode("a")
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        write(LEARNED, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------
+# In: what is one of ours
+
+
+@pytest.fixture(scope="module")
+def hubs_gpt2(test_data):
+    """GPT-2's tokenizer.json: what the library makes of OpenAI's files, and a few empty keys."""
+    files = (str(test_data / "gpt2" / name) for name in ("encoder.json", "vocab.bpe"))
+    affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    made = Tokenizer(models.BPE.from_file(*files, **affixes))
+    made.pre_tokenizer, made.decoder = by_gpt2, decoders.ByteLevel()
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
+    made.add_special_tokens([AddedToken(END_OF_TEXT, normalized=True)])
+    return json.loads(made.to_str())
+
+
+def test_the_hubs_gpt2_is_gpt2(hubs_gpt2, test_data, tmp_path):
+    """Whose texts are prepared with tiktoken, and it encodes several times as fast."""
+    assert read(tmp_path, hubs_gpt2) == BPETokenizer.gpt2(test_data / "gpt2")
+
+
+def changed(content, path, value):
+    """The content with another value at a path of keys; a function makes it of the old one."""
+    key, *rest = path
+    copy = content.copy()
+    old = copy.get(key) if isinstance(copy, dict) else copy[key]
+    copy[key] = changed(old, rest, value) if rest else value(old) if callable(value) else value
+    return copy
+
+
+GPT2 = json.loads(BYTE_LEVEL["GPT-2"].to_str())
+CHANGES = {
+    "nothing": (("version",), "1.0"),
+    "merges in another order": (("model", "merges"), lambda merges: merges[::-1]),
+    "a merge less": (("model", "merges"), lambda merges: merges[1:]),
+    "whole words first": (("model", "ignore_merges"), True),
+    "a word more": (("model", "vocab"), lambda vocab: vocab | {"日": 450}),
+    "a blank before": (("pre_tokenizer", "add_prefix_space"), True),
+    "no pattern": (("pre_tokenizer", "use_regex"), False),
+    "words": (("pre_tokenizer",), {"type": "Whitespace"}),
+    "lower case": (("normalizer",), {"type": "Lowercase"}),
+    "blanks taken away": (("added_tokens", 0, "lstrip"), True),
+    "single words": (("added_tokens", 0, "single_word"), True),
+    "an ordinary token": (("added_tokens", 0, "special"), False),
+    "a token before each text": (
+        ("post_processor", "single"),
+        lambda single: [{"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, *single],
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "value"), CHANGES.values(), ids=CHANGES)
+def test_what_only_looks_like_gpt2_stays_a_pipeline(path, value, tmp_path):
+    content = changed(GPT2, path, value)
+    ours, theirs = read(tmp_path, content), Tokenizer.from_str(json.dumps(content))
+    assert isinstance(ours, PretrainedTokenizer) == (path != ("version",))
+    assert (END_OF_TEXT in ours.special_tokens) == ("special" not in path)
+    for text in [*CORPUS, f"The x{END_OF_TEXT} y {END_OF_TEXT}"]:
+        assert encode(ours, text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("NFC", ("added_tokens", 0, "normalized"), True),
+        ("characters", ("model", "vocab"), {"<unk>": 0, "a": 1}),
+        ("characters", ("model", "vocab"), {"b": 0, "a": 1}),
+        ("characters", ("model", "unk_token"), "a"),
+        ("characters", ("normalizer",), {"type": "Lowercase"}),
+        ("characters", ("pre_tokenizer",), {"type": "Whitespace"}),
+        (
+            "characters",
+            ("added_tokens",),
+            json.loads(BYTE_LEVEL["GPT-2"].to_str())["added_tokens"],
+        ),
+    ],
+)
+def test_what_only_looks_like_ours_stays_a_pipeline(name, path, value, tmp_path):
+    content = json.loads(pipeline_of(OURS[name]).to_str())
+    assert read(tmp_path, content) == OURS[name]
+    assert isinstance(read(tmp_path, changed(content, path, value)), PretrainedTokenizer)
+
+
+# ------------------------------------------------------------------------------------------
+# The end of a text
 
 
 @pytest.mark.parametrize(
     ("eos", "expected"),
     [(SPECIAL[1], SPECIAL[1]), ({"content": SPECIAL[1]}, SPECIAL[1]), (None, END_OF_TEXT)],
 )
-def test_the_end_of_a_text_is_what_the_settings_say(eos, expected, tmp_path):
-    write_json(tmp_path, tokenizer=LIBRARYS["GPT-2"], tokenizer_config={"eos_token": eos})
-    tokenizer = read_tokenizer(tmp_path)
+@pytest.mark.parametrize("name", ["GPT-2", "Llama 3"])
+def test_the_end_of_a_text_is_what_the_settings_say(name, eos, expected, tmp_path):
+    tokenizer = read(tmp_path, PIPELINES[name], eos_token=eos)
     assert tokenizer.end_of_text == tokenizer.special_tokens[expected]
-
-
-def test_older_files_name_the_end_of_a_text_beside_the_settings(tmp_path):
-    write_json(tmp_path, tokenizer=LIBRARYS["GPT-2"], special_tokens_map={"eos_token": SPECIAL[1]})
-    write_json(tmp_path, tokenizer_config={"eos_token": None})
-    tokenizer = read_tokenizer(tmp_path)
-    assert tokenizer.end_of_text == tokenizer.special_tokens[SPECIAL[1]]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("added_tokens", {"word": 400 + len(SPECIAL)}),
-        ("tokenizer_config", {"added_tokens_decoder": {"5": {"content": "word"}}}),
-        ("tokenizer_config", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
-    ],
-)
-def test_files_that_contradict_each_other_are_refused(name, content, tmp_path):
-    """transformers would add the token, or a space, and have other ids."""
-    write_json(tmp_path, tokenizer=LIBRARYS["GPT-2"], **{name: content})
-    refuses(tmp_path, "another token, 'word'|add_prefix_space True")
-
-
-def test_an_added_token_that_would_be_normalized_is_refused(tmp_path):
-    content = LIBRARYS["Qwen"]
-    token = content["added_tokens"][0] | {"id": 400 + len(SPECIAL), "normalized": True}
-    for name in ("<\xe9>", "<e\u0301>"):
-        tokens = [*content["added_tokens"], token | {"content": name}]
-        refuses(tmp_path, "have to be normalized", content | {"added_tokens": tokens})
-
-
-# ------------------------------------------------------------------------------------------
-# In: vocab.json and merges.txt
-
-
-def test_words_that_were_added_to_a_vocabulary_are_special_tokens(tmp_path):
-    """Their rows of the model were cut off as padding, and nothing said so."""
-    write_two_files(tmp_path)
-    n = len(json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")))
-    write_json(tmp_path, added_tokens={"word": n})
-    assert read_tokenizer(tmp_path).special_tokens["word"] == n
-
-
-def test_gpt2s_files_of_the_hub_are_gpt2(tiktokens_gpt2, test_data, tmp_path):  # noqa: F811
-    shutil.copy(test_data / "gpt2" / "encoder.json", tmp_path / "vocab.json")
-    shutil.copy(test_data / "gpt2" / "vocab.bpe", tmp_path / "merges.txt")
-    tokenizer = read_tokenizer(tmp_path)
-    assert tokenizer == BPETokenizer.gpt2(test_data / "gpt2")
-    text = "".join([*CORPUS, *SPECIAL])
-    assert encode(tokenizer, text) == tiktokens_gpt2.encode(text, allowed_special="all")
-
-
-@pytest.mark.parametrize("head", [["#version: 0.2"], []])
-def test_a_vocabulary_and_its_merges_are_what_the_pipeline_is(head, tmp_path):
-    write_two_files(tmp_path, head)
-    (tmp_path / "one").mkdir()
-    write_json(tmp_path / "one", tokenizer=LIBRARYS["GPT-2"])
-    assert read_tokenizer(tmp_path) == read_tokenizer(tmp_path / "one")
-
-
-def write_two_files(folder, head=()):
-    """The same in older files; those of GPT-2 itself leave out the settings."""
-    content = LIBRARYS["GPT-2"]
-    added = {token["content"]: token["id"] for token in content["added_tokens"]}
-    named = {str(token["id"]): token for token in content["added_tokens"]}
-    write_json(folder, vocab=content["model"]["vocab"] | added)
-    write_json(folder, tokenizer_config={"added_tokens_decoder": named})
-    lines = [*head, *(" ".join(pair) for pair in content["model"]["merges"])]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------
 # What is refused
 
 
-def changed(content, path, value):
-    """The content with another value at a path of keys."""
-    if not path:
-        return value(content) if callable(value) else value
-    key, *rest = path
-    copy = list(content) if isinstance(content, list) else dict(content)
-    copy[key] = changed(content[key] if rest or callable(value) else None, rest, value)
-    return copy
+@pytest.mark.parametrize("eos", ["</s>", 5, {"content": ["a"]}])
+def test_an_end_of_text_that_is_no_token_is_refused(eos, tmp_path):
+    """Or no text would ever end."""
+    read(tmp_path, BYTE_LEVEL["Qwen"])
+    write_json(tmp_path, tokenizer_config={"eos_token": eos})
+    refuses(tmp_path, "")
 
 
-def without(key, content):
-    return {other: content[other] for other in content if other != key}
+DAMAGE = ["", "{", '{"model": "\xff"}', "[" * 100_000, "3", "[]"]
 
 
-def split(pattern, behavior="Isolated"):
-    return {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": False}
-
-
-def steps(*steps):
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-whitespace = {"type": "Whitespace"}
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "reason"),
-    [
-        (("model", "type"), "Unigram", "model has type 'Unigram'"),
-        (("model", "type"), "WordPiece", "model has type 'WordPiece'"),
-        (("model", "byte_fallback"), True, "byte_fallback True"),
-        (("model", "dropout"), 0.1, "dropout 0.1"),
-        (("model", "continuing_subword_prefix"), "##", "continuing_subword_prefix"),
-        (("model", "end_of_word_suffix"), "</w>", "end_of_word_suffix"),
-        (("pre_tokenizer",), {"type": "Metaspace", "replacement": "_"}, "'Metaspace'"),
-        (("pre_tokenizer",), steps(), ""),
-        (("pre_tokenizer",), steps(split({"Regex": "("}), bytes_only), ""),
-        (("pre_tokenizer",), steps(split({"Regex": r"\w+"}), bytes_only), "every character"),
-        (("pre_tokenizer",), steps(split({"Regex": "[^a]|(a)"}), bytes_only), "capturing"),
-        (("pre_tokenizer",), steps(split({"String": " "}), bytes_only), ""),
-        (("pre_tokenizer",), steps(split({"Regex": "."}, "Removed"), bytes_only), "'Removed'"),
-        (("pre_tokenizer",), steps(whitespace, bytes_only), "'Whitespace'"),
-        (("pre_tokenizer",), steps(split({"Regex": "."}), whitespace, bytes_only), "Whitespace"),
-        (("pre_tokenizer", "add_prefix_space"), True, "add_prefix_space True"),
-        (("pre_tokenizer", "use_regex"), False, "ByteLevel"),
-        (("normalizer",), {"type": "Lowercase"}, "'Lowercase'"),
-        (("added_tokens", 0, "lstrip"), True, "endoftext.* lstrip True"),
-        (("added_tokens", 0, "rstrip"), True, "endoftext.* rstrip True"),
-        (("added_tokens", 0, "single_word"), True, "endoftext.* single_word True"),
-        (("added_tokens", 0, "id"), 500, "ids 0 to"),
-        (("added_tokens", 0, "id"), "400", "ids 0 to|damaged"),
-        (("model", "merges"), lambda merges: merges[::-1], "order"),
-        (("model", "merges"), lambda merges: merges[1:], "order"),
-        (("model", "merges"), lambda merges: [*merges, ["z", "z"]], "damaged"),
-        (("model", "vocab", "~"), 1000, "ids 0 to"),
-        (("model", "vocab"), lambda vocab: without("A", vocab), "256 bytes|ids 0 to"),
-        (("model", "vocab", "日"), 403, "not made of bytes"),
-        *[((key,), value, "") for key in ("model", "added_tokens") for value in (None, 3, "x")],
-        *[(("model", key), value, "") for key in ("vocab", "merges") for value in (None, 3, [3])],
-        (("model",), lambda model: without("vocab", model), "damaged"),
-        ((), lambda content: without("model", content), "damaged"),
-        ((), [], "is not a JSON object"),
-    ],
-)
-def test_a_file_of_another_kind_is_refused_by_name(path, value, reason, tmp_path):
-    refuses(tmp_path, f"tokenizer.json: .*{reason}", changed(LIBRARYS["GPT-2"], path, value))
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (("model", "vocab"), {"<unk>": 0, "a": 1, "b": 2}),
-        (("model", "vocab"), {"b": 0, "a": 1}),
-        (("model", "vocab"), {"a": 0, "\ud800": 1}),
-        (("model", "unk_token"), "a"),
-        (("pre_tokenizer",), split({"Regex": ANY_CHARACTER}, "Removed")),
-        (("pre_tokenizer",), split({"Regex": "[a-z]"})),
-        (("pre_tokenizer",), steps(split({"Regex": ANY_CHARACTER}), whitespace)),
-        (("pre_tokenizer",), whitespace),
-        (("normalizer",), {"type": "NFC"}),
-        (("added_tokens",), LIBRARYS["GPT-2"]["added_tokens"]),
-    ],
-)
-def test_words_are_not_taken_for_characters(path, value, tmp_path):
-    write(CharTokenizer("ab"), tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    refuses(tmp_path, "tokenizer.json: ", changed(content, path, value))
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"tokenizer_class": "LlamaTokenizer"}, "LlamaTokenizer"),
-        ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, "add_prefix_space True"),
-        ({"eos_token": 5}, ""),
-        ({"eos_token": "</s>"}, "eos_token '</s>' is none of its tokens"),
-        ({"eos_token": {"content": ["a"]}}, ""),
-        ([], "is not a JSON object"),
-    ],
-)
-def test_settings_that_cannot_be_met_are_refused(settings, reason, tmp_path):
-    write_two_files(tmp_path)
-    before = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    write_json(tmp_path, tokenizer_config=settings and before | settings)
-    refuses(tmp_path, f"vocab.json: .*{reason}")
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"model": "\xff"}', "[" * 100_000, "3", "{}"])
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "tokenizer_config.json"])
-def test_a_damaged_file_is_refused_by_name(name, text, tmp_path):
-    write_two_files(tmp_path)
-    (tmp_path / name).write_bytes(text.encode("latin-1"))
-    refuses(tmp_path, "json: .")
-
-
-@pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_vocabulary_with_too_few_merges_is_refused(share, tmp_path):
-    """Or ordinary words would become special tokens, which no text has."""
-    write_two_files(tmp_path)
-    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-    content = "".join(merges[: int(share * len(merges))])
-    (tmp_path / "merges.txt").write_text(content, encoding="utf-8")
-    refuses(tmp_path, "vocab.json: .")
-
-
-@pytest.mark.parametrize("merges", ["t h e\n", "t\n", "\xff\n", "Q Q\n"])
-def test_damaged_merges_are_refused(merges, tmp_path):
-    write_two_files(tmp_path)
-    with open(tmp_path / "merges.txt", "ab") as file:
-        file.write(merges.encode("latin-1"))
-    refuses(tmp_path, "vocab.json: .")
-
-
-def test_a_vocabulary_without_merges_is_refused(tmp_path):
-    write_two_files(tmp_path)
-    (tmp_path / "merges.txt").unlink()
-    refuses(tmp_path, r"vocab\.json: .*merges\.txt")
+@pytest.mark.parametrize("text", [*DAMAGE, "{}", '{"model": {"type": "BPE", "vocab": 3}}'])
+def test_a_damaged_file_is_refused_by_name(text, tmp_path):
+    for name in (
+        ("tokenizer.json", "tokenizer_config.json") if text in DAMAGE else ("tokenizer.json",)
+    ):
+        read(tmp_path, BYTE_LEVEL["GPT-2"])
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        refuses(tmp_path, "")
 
 
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer"):
+    """vocab.json and merges.txt are its older form, which transformers turns into the newer."""
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer.json: let transformers"):
         read_tokenizer(tmp_path)
 
 
-def refuses(folder, reason, content=None):
-    """The tokenizer in a folder, maybe with this tokenizer.json, is refused in one line."""
-    if content is not None:
-        write_json(folder, tokenizer=content)
+def test_some_special_tokens_alone_cannot_be_allowed_in_a_pipeline(tmp_path):
+    with pytest.raises(ValueError, match=r"choose \(\) or 'all'"):
+        read(tmp_path, BYTE_LEVEL["Qwen"]).encode("a", allowed_special=[END_OF_TEXT])
+
+
+def refuses(folder, reason):
+    """The tokenizer in a folder is refused in one line."""
     with pytest.raises(ValueError, match=f"^cannot use the tokenizer .*{reason}") as error:
         read_tokenizer(folder)
     assert "\n" not in str(error.value)
