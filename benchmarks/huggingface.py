@@ -61,7 +61,7 @@ def scramble(model: torch.nn.Module) -> None:
 
 def read_difference(config: ModelConfig, name: str, folder: Path) -> float:
     """Make a model of transformers, and read it here."""
-    theirs = config_json(FAMILIES[name], config, None)
+    theirs = config_json(FAMILIES[name], config)
     del theirs[OURS]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **theirs)).eval()
     scramble(model)

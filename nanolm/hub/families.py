@@ -17,7 +17,6 @@ from nanolm.system.config import coerce
 
 LARGEST = 2**24  # of any number of channels, tokens, layers
 OURS = "nanolm"  # the key of config.json under which an export keeps its ModelConfig
-END_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +143,9 @@ QWEN3 = replace(
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "arcee": ARCEE, "qwen3": QWEN3}
 
+# What the end of its name says of an architecture that is no decoder.
+OTHERS = {"MaskedLM": "an encoder", "Classification": "a classifier"}
+
 # What config.json of any family may say, and not otherwise.
 PLAIN = {
     "is_causal": True,
@@ -200,6 +202,7 @@ def entries(family: Family, config: ModelConfig, theirs: dict) -> Iterator[Entry
 
 def read_config(theirs: dict) -> tuple[Family, ModelConfig]:
     """The family and shape that a config.json tells of. Raises ValueError for what is foreign."""
+    require_decoder(theirs)
     require("model", theirs, model_type=tuple(FAMILIES))
     theirs, family = flat(theirs), FAMILIES[theirs["model_type"]]
     required = {**PLAIN, **family.required}
@@ -216,6 +219,16 @@ def read_config(theirs: dict) -> tuple[Family, ModelConfig]:
     kept = {key: coerce(key, kept[key], hints[key]) for key in hints if key in kept}
     kept |= {"n_kv_head": None, "head_size": None}  # GPT-2 has no such keys, and no choice
     return family, ModelConfig(**{"bias": True, **kept, **values, **family.shape})
+
+
+def require_decoder(theirs: dict) -> None:
+    """Raise ValueError, saying what it is, for a model that does not predict each next token."""
+    architecture = str((theirs.get("architectures") or ["it"])[0])
+    kinds = [kind for end, kind in OTHERS.items() if architecture.endswith(end)]
+    if theirs.get("is_encoder_decoder"):
+        kinds = ["an encoder-decoder"]
+    if kinds:
+        raise ValueError(f"{architecture} is {kinds[0]}, and nanolm reads decoders")
 
 
 def flat(theirs: dict) -> dict:
@@ -253,8 +266,8 @@ def differences(config: ModelConfig, family: Family) -> dict[str, Any]:
     return {key: value for key, value in needed.items() if getattr(config, key) != value}
 
 
-def config_json(family: Family, config: ModelConfig, end_of_text: int | None) -> dict:
-    """The content of config.json, all but model_type."""
+def config_json(family: Family, config: ModelConfig) -> dict:
+    """The content of config.json, all but model_type and the ids of special tokens."""
     theirs = {own: getattr(config, key) for key, own in family.keys.items()}
     if "rope_theta" in theirs:  # once for older versions, and once for newer ones
         theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -267,6 +280,5 @@ def config_json(family: Family, config: ModelConfig, end_of_text: int | None) ->
         **family.required,
         **dict.fromkeys(family.dropout, config.dropout),
         **dict.fromkeys(family.biases, config.bias),
-        **dict.fromkeys(END_KEYS, end_of_text),
         OURS: asdict(config),
     }

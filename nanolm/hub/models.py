@@ -1,8 +1,8 @@
 """Models in and out of Hugging Face's formats.
 
 A pretrained model is a folder: config.json has its shape, model.safetensors its weights by name
-(or model.safetensors.index.json lists several such files), and tokenizer.json its tokenizer. The
-names are those of one of four families (see families.py).
+(or several model-*.safetensors have them), and tokenizer.json its tokenizer. The names are those
+of one of four families (see families.py).
 
 An export works without any code of ours wherever they do. A bias that a family has and a model
 has not is written as zeros, and a bias of zeros that the family has not is left out; whatever else
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from nanolm.hub.families import (
-    END_KEYS,
     FAMILIES,
     Family,
     config_json,
@@ -39,8 +38,8 @@ from nanolm.model import GPT, build_model
 from nanolm.system.files import SCRATCH, whole_folder, write_text
 from nanolm.text.tokenizer import Tokenizer
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-GENERATION = "generation_config.json"
+CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+PARTS = "model-*.safetensors"  # the names of large models' files
 # Buffers that some older files hold, and no weights.
 BUFFERS = re.compile(r"\bh\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
@@ -55,8 +54,14 @@ def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
     Tokens that the tokenizer does not have, with which some models are padded, are left out.
     Raises ValueError where something is missing, damaged, or not within ModelConfig.
     """
+    theirs, family, config = read_shape(folder / CONFIG)
     tokenizer = read_tokenizer(folder)
-    config, weights = read_model(folder)
+    with ExitStack() as stack:
+        try:
+            files = open_weights(folder, family, stack)
+            config, weights = read_weights(files, family, config, theirs)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot use the weights in {folder}: {error}") from None
     n = tokenizer.vocab_size
     if config.vocab_size < n:
         raise ValueError(
@@ -72,85 +77,64 @@ def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The shape and the weights, by our names, that a folder holds."""
-    path = folder / CONFIG
+def read_shape(path: Path) -> tuple[dict, Family, ModelConfig]:
+    """What a config.json holds, and the family and shape that it tells of."""
     try:
         theirs = read_json(path)
-        family, config = read_config(theirs)
+        return theirs, *read_config(theirs)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is missing or damaged"
         raise ValueError(f"cannot use {path}: {reason}") from None
-    with ExitStack() as stack:
-        try:
-            return read_weights(open_weights(folder, stack), family, config, theirs)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot use the weights in {folder}: {error}") from None
 
 
-def weight_files(folder: Path) -> list[str]:
-    """The names of the files that hold the weights."""
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return [WEIGHTS]
-    places = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(places, dict):
-        raise ValueError(f"{INDEX} has no weight_map")
-    files = set(map(str, places.values()))
-    for file in files:
-        if Path(file).name != file:
-            raise ValueError(f"{INDEX} points to {file!r}: only files beside it are read")
-    return sorted(files)
-
-
-def open_weights(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open safetensors file that has each tensor of the folder."""
+def open_weights(folder: Path, family: Family, stack: ExitStack) -> dict[str, tuple[Any, str]]:
+    """For each tensor, by its name without the prefix: the open file, and its name there."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ValueError("they need the package safetensors: pip install safetensors") from None
-    found = {}
-    for file in weight_files(folder):
-        if not (folder / file).exists():
-            others = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
-            pickles = f", but {others}: a pickle can run code, and is not read" if others else ""
-            raise ValueError(f"there is no {file!r}{pickles}")
+    found = []
+    for path in sorted(folder.glob(WEIGHTS)) or sorted(folder.glob(PARTS)):
         try:
-            opened = stack.enter_context(safe_open(folder / file, "pt"))
+            file = stack.enter_context(safe_open(path, "pt"))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged ({error})") from None
-        found.update(dict.fromkeys(opened.keys(), opened))
-    return found
+            raise ValueError(f"{path.name} is damaged ({error})") from None
+        names = sorted(file.keys())
+        found += [(name.removeprefix(family.prefix), (file, name)) for name in names]
+    if not found:
+        others = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
+        pickles = f", but {others}: a pickle can run code, and is not read" if others else ""
+        raise ValueError(f"there is no {WEIGHTS!r}{pickles}")
+    if len(dict(found)) < len(found):
+        raise ValueError(f"some stand there twice, maybe with {family.prefix} and without")
+    return dict(found)
 
 
 def read_weights(
-    files: dict[str, Any], family: Family, config: ModelConfig, theirs: dict
+    files: dict[str, tuple[Any, str]], family: Family, config: ModelConfig, theirs: dict
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The weights by our names, and the config, which now says whether there are biases.
 
-    files: the open file of each tensor. theirs: config.json.
+    files: see open_weights. theirs: config.json.
     """
     if config.n_layer > len(files):
         raise ValueError(f"{len(files)} tensors cannot be {config.n_layer} layers")
-    names = {name.removeprefix(family.prefix): name for name in files}
-    if len(names) < len(files):
-        raise ValueError(f"some stand there twice, with {family.prefix} and without")
     weights = {}
     for name, ours, transposed in entries(family, config, theirs):
-        if name not in names:
+        if name not in files:
             raise ValueError(f"there is no {name}")
         lengths = [shape[0] for shape in ours.values()]
         shape = [sum(lengths), *next(iter(ours.values()))[1:]]
-        full = names.pop(name)
-        tensor = read_tensor(files[full], full, shape[::-1] if transposed else shape)
+        tensor = read_tensor(*files.pop(name), shape[::-1] if transposed else shape)
         rows = (tensor.T if transposed else tensor).split(lengths)
         weights.update(zip(ours, rows, strict=True))
     if config.tie_embeddings:
         weights["head.weight"] = weights["tokens.weight"]
-        if full := names.pop("lm_head.weight", None):  # some files hold it twice
-            head = read_tensor(files[full], full, list(weights["head.weight"].shape))
-            if not torch.equal(head, weights["head.weight"]):
-                raise ValueError(f"{full} is not the embedding, to which {CONFIG} ties it")
-    if left := [full for full in names.values() if not BUFFERS.search(full)]:
+        if head := files.pop("lm_head.weight", None):  # some files hold it twice
+            tensor = read_tensor(*head, list(weights["head.weight"].shape))
+            if not torch.equal(tensor, weights["head.weight"]):
+                raise ValueError(f"{head[1]} is not the embedding, to which {CONFIG} ties it")
+    if left := [name for _, name in files.values() if not BUFFERS.search(name)]:
         raise ValueError(f"there is a {left[0]}, and {family.architecture} has none")
     return settle_biases(config, weights)
 
@@ -176,13 +160,9 @@ def settle_biases(
 
 def read_tensor(file: Any, name: str, shape: list[int]) -> Tensor:
     """A tensor of an open file, in float32. Raises ValueError where it is not as it should be."""
-    header = file.get_slice(name)
-    if header.get_shape() != shape:
-        raise ValueError(f"{name} has the shape {header.get_shape()} and not {shape}")
-    if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-        raise ValueError(
-            f"{name} is {header.get_dtype()}: nanolm reads floats of 16 bits and more"
-        )
+    found = file.get_slice(name).get_shape()  # from the header: the tensor may be too large
+    if found != shape:
+        raise ValueError(f"{name} has the shape {found} and not {shape}")
     tensor = file.get_tensor(name).float()
     if not tensor.isfinite().all():
         raise ValueError(f"{name} holds numbers that are not finite")
@@ -200,23 +180,19 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     that is not empty.
     """
     folder = Path(folder)
-    try:
-        there = [path for path in folder.iterdir() if path.name != SCRATCH]
-    except FileNotFoundError:
-        there = []
-    except OSError as error:
-        raise ValueError(f"{folder}: {error.strerror}; choose a new folder") from None
-    if there:
+    if folder.exists() and any(path.name != SCRATCH for path in folder.iterdir()):
         raise ValueError(f"{folder} is there already, and not empty: choose a new folder")
     name = family_of(model.config)
     family = FAMILIES[name]
-    config = {"model_type": name, **config_json(family, model.config, tokenizer.end_of_text)}
+    end, begin = tokenizer.end_of_text, tokenizer.begin_of_text
+    ends = {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
+    config = {"model_type": name, **config_json(family, model.config), **ends}
+    generation = {**ends, "pad_token_id": end}  # in config.json, it would get no gradient there
     tensors = their_weights(family, model, config)
-    ends = {key: config[key] for key in END_KEYS}
     with whole_folder(folder, seal=CONFIG) as scratch:
         write_weights(tensors, scratch / WEIGHTS)
         write_tokenizer(tokenizer, scratch, block_size=model.config.block_size)
-        write_text(scratch / GENERATION, json.dumps(ends, indent=2) + "\n")
+        write_text(scratch / GENERATION, json.dumps(generation, indent=2) + "\n")
         write_text(scratch / CONFIG, json.dumps(config, indent=2) + "\n")
         (scratch / WEIGHTS).chmod((scratch / CONFIG).stat().st_mode)  # it was made private
     return family.architecture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nanolm.hub.models import CONFIG, INDEX, WEIGHTS, export_model, load_pretrained
+from nanolm.hub.models import CONFIG, PARTS, WEIGHTS, export_model, load_pretrained
 from nanolm.hub.names import find_folder
 from nanolm.hub.tokenizers import FILES
 from nanolm.layers import require_choice
@@ -31,7 +31,7 @@ def load_model(name: str | Path) -> tuple[GPT, Tokenizer, str]:
     OWNER/NAME on the Hugging Face hub. Raises ValueError or FileNotFoundError where there is none,
     or none that nanolm can express.
     """
-    patterns = (CONFIG, WEIGHTS, INDEX, "model-*.safetensors", *FILES)
+    patterns = (CONFIG, WEIGHTS, PARTS, *FILES)
     folder = find_folder(str(name), patterns)
     if holds_a_run(folder):
         model, tokenizer, content = load_trained(folder)

@@ -30,14 +30,14 @@ from nanolm.text.tokenizer import BPETokenizer
 COMMIT = "c0ffee" + "0" * 34
 FILES = {
     "config.json": b"{}",
-    "vocab.json": b"{}",
+    "tokenizer.json": b"{}",
     "model.safetensors": b"weights",
     "pytorch_model.bin": b"a pickle",
     "modeling.py": b"raise SystemExit",
     "onnx/config.json": b"{}",
     "README.md": b"",
 }
-PATTERNS = ("config.json", "*.safetensors", "vocab.json", "merges.txt")
+PATTERNS = ("config.json", "*.safetensors", "tokenizer.json")
 SECONDS = 10  # that a refusal may take: the library is not to try again and again
 
 
@@ -126,7 +126,7 @@ def test_only_the_files_that_are_wanted_are_asked_for(hub, model):
     """No pickle and no code, and nothing of the same name in a folder of the repository."""
     hub.repositories[model] = FILES
     folder = find_folder(model, PATTERNS)
-    expected = {"config.json", "vocab.json", "model.safetensors"}
+    expected = {"config.json", "tokenizer.json", "model.safetensors"}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         name: FILES[name] for name in expected
     }
@@ -215,7 +215,7 @@ def test_a_path_that_leads_nowhere_is_not_taken_for_a_model_of_the_hub(hub, work
 
 def test_a_repository_without_a_model_is_refused(hub):
     hub.repositories["owner/name"] = {"README.md": b"", "pytorch_model.bin": b""}
-    for get, reason in ((load_model, "holds no model"), (find_tokenizer, "has no tokenizer")):
+    for get, reason in ((load_model, "holds no model"), (find_tokenizer, "has no tokenizer.json")):
         with pytest.raises((ValueError, FileNotFoundError), match=reason):
             get("owner/name")
     assert not resolved(hub)
@@ -240,9 +240,6 @@ def tiny_gpt2(workplace, tiny_text):
     model = scramble(GPT(ModelConfig(**shape, bias=True)), seed=0)
     folder = workplace / "exported"
     export_model(model, tokenizer, folder)
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [" ".join(pair) for pair in content["merges"]]
-    vocab = content["vocab"] | tokenizer.special_tokens
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = {key: config[key] for key in config if key not in ("nanolm", "n_inner")}
     weights = load_file(folder / "model.safetensors")
@@ -252,8 +249,7 @@ def tiny_gpt2(workplace, tiny_text):
     changed = {
         "config.json": json.dumps(config).encode(),
         "model.safetensors": (folder / "model.safetensors").read_bytes(),
-        "vocab.json": json.dumps(vocab).encode(),
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+        "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
         "tokenizer_config.json": b'{"model_max_length": 1024}',
     }
     return model, tokenizer, FILES | changed
