@@ -4,7 +4,8 @@
 
 Random small models in float32: some are made by transformers and read here, the others are made
 here and read by transformers. A difference counts in units of the largest logit, if that is above
-1.
+1. Every tenth model is shown a long context, too: rotary angles grow with the position, and so
+does what is wrong with them.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from nanolm.runs.load import load_model
 from nanolm.text.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer(map(chr, range(97)))
-B, T = 2, 64
+SHORT, LONG = (2, 64), (1, 8192)  # (B, T)
 
 
 def draw_config(name: str) -> ModelConfig:
@@ -40,7 +41,7 @@ def draw_config(name: str) -> ModelConfig:
         **family.shape,
         **(sizes if "head_size" in family.keys else {}),
         vocab_size=TOKENIZER.vocab_size,
-        block_size=T,
+        block_size=LONG[1],
         n_layer=random.choice([1, 2, 4]),
         n_head=n_head,
         n_embd=n_head * random.choice([16, 48]),
@@ -59,29 +60,29 @@ def scramble(model: torch.nn.Module) -> None:
         weight += 0.1 * torch.randn_like(weight)
 
 
-def read_difference(config: ModelConfig, name: str, folder: Path) -> float:
-    """Make a model of transformers, and read it here."""
-    theirs = config_json(FAMILIES[name], config)
+def read(config: ModelConfig, name: str, folder: Path) -> tuple[GPT, torch.nn.Module]:
+    """A model of transformers, read here and as it is."""
+    theirs = config_json(FAMILIES[name], config) | {"bos_token_id": None, "eos_token_id": None}
     del theirs[OURS]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **theirs)).eval()
     scramble(model)
     model.save_pretrained(folder)
-    write_tokenizer(TOKENIZER, folder, block_size=T)
-    return difference(load_model(folder)[0], model)
+    write_tokenizer(TOKENIZER, folder, block_size=LONG[1])
+    return load_model(folder)[0], model
 
 
-def written_difference(config: ModelConfig, name: str, folder: Path) -> float:
-    """Make a model here, and let transformers read it."""
+def written(config: ModelConfig, name: str, folder: Path) -> tuple[GPT, torch.nn.Module]:
+    """A model of ours, as it is and read by transformers."""
     model = GPT(config).eval()
     scramble(model)
     assert export_model(model, TOKENIZER, folder) == FAMILIES[name].architecture
-    return difference(model, AutoModelForCausalLM.from_pretrained(folder))
+    return model, AutoModelForCausalLM.from_pretrained(folder)
 
 
 @torch.no_grad()
-def difference(model: GPT, theirs: torch.nn.Module) -> float:
-    """max |a - b| / max(1, max |b|) of the logits, a being ours."""
-    ids = torch.randint(TOKENIZER.vocab_size, (B, T))
+def difference(model: GPT, theirs: torch.nn.Module, shape: tuple[int, int]) -> float:
+    """max |a - b| / max(1, max |b|) of the logits, a being ours, of random tokens (B, T)."""
+    ids = torch.randint(TOKENIZER.vocab_size, shape)
     ours, wanted = model(ids)[0], theirs(ids).logits
     return ((ours - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
 
@@ -99,14 +100,19 @@ def main(words: list[str]) -> None:
     torch.manual_seed(0)
     results = {}
     for name in FAMILIES:
-        for way in (read_difference, written_difference):
-            largest = 0.0
-            for _ in range(options.models):
+        for way in (read, written):
+            found = {SHORT: [], LONG: []}
+            for i in range(options.models):
                 quiet = contextlib.redirect_stderr(io.StringIO())  # progress bars
                 with TemporaryDirectory() as folder, quiet:
-                    largest = max(largest, way(draw_config(name), name, Path(folder)))
-            results[f"{name}, {way.__name__}"] = largest
-            print(f"{name:6} {way.__name__:18} {largest:.1e} in {options.models} models")
+                    models = way(draw_config(name), name, Path(folder))
+                for shape in found if i % 10 == 0 else (SHORT,):
+                    found[shape].append(difference(*models, shape))
+            for (_, length), differences in found.items():
+                largest = max(differences)
+                results[f"{name}, {way.__name__}, {length} tokens"] = largest
+                title = f"{name:6} {way.__name__:8} {length:5} tokens"
+                print(f"{title} {largest:.1e} in {len(differences)} models", flush=True)
     write(options.json, results)
 
 

@@ -38,9 +38,11 @@ def their_config(family: str, ours: dict = SMALL, **theirs) -> transformers.PreT
     return transformers.AutoConfig.for_model(family, **ends | keys | theirs)
 
 
-def save_theirs(folder: Path, config, *, seed: int = 7, dtype=torch.float32, **options) -> Path:
+def save_theirs(
+    folder: Path, config, *, seed: int = 7, scale: float = 0.1, dtype=torch.float32, **options
+) -> Path:
     """Write a model of transformers with random weights, and a tokenizer beside it."""
-    model = scramble(AutoModelForCausalLM.from_config(config), seed, scale=0.1)
+    model = scramble(AutoModelForCausalLM.from_config(config), seed, scale=scale)
     model.to(dtype).save_pretrained(folder, **options)
     write_tokenizer(CHARACTERS, folder, block_size=T)
     return folder

@@ -81,6 +81,17 @@ def test_a_model_of_transformers_is_the_same_model_here(family, count, tmp_path)
 
 
 @every_family
+def test_at_the_end_of_a_long_context_a_model_is_the_same_here(family, tmp_path):
+    """The rounding of rotary frequencies grows with the position: once to 7e-4 of the logits."""
+    long = {"block_size": 4096, "head_size": 128, "n_embd": 128, "n_head": 1, "rope_theta": 1e6}
+    config = their_config(family, SMALL | long | {"n_layer": 1})
+    model, _ = load_pretrained(save_theirs(tmp_path, config, scale=0.3))
+    ids = random_tokens(model.config, 5, batch=1, length=4096)
+    with torch.no_grad():
+        assert_close(model(ids)[0], read_theirs(tmp_path)(ids).logits)
+
+
+@every_family
 def test_the_older_names_of_weights_mean_the_same(family, tmp_path):
     """The hub's GPT-2 has no prefix, and holds masks that are no weights; others hold angles."""
     loaded = load_pretrained(save_theirs(tmp_path, their_config(family)))
