@@ -83,7 +83,7 @@ class CausalTask:
 
         Without a text, it begins one. A way ends with its document. knobs: those of generate.
         """
-        ids = tokenizer.encode(text, allowed_special="all") if text else opening(tokenizer)
+        ids = encode_prompt(tokenizer, text) if text else opening(tokenizer)
         prompt = torch.tensor([ids], device=model.head.weight.device).expand(n, -1)
         rows = rows_of(generate(model, prompt, **knobs, generator=generator), n)
         end = tokenizer.end_of_text
@@ -91,10 +91,23 @@ class CausalTask:
 
 
 def opening(tokenizer: Tokenizer) -> list[int]:
-    """The tokens after which a model begins a text: a document's end, or that of a line."""
-    if tokenizer.end_of_text is not None:
-        return [tokenizer.end_of_text]
+    """The tokens after which a model begins a text.
+
+    The one that stands before every text, a document's end, or that of a line.
+    """
+    for token in (tokenizer.begin_of_text, tokenizer.end_of_text):
+        if token is not None:
+            return [token]
     try:
         return tokenizer.encode("\n")
     except ValueError:  # an alphabet without line ends
         return [0]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text to continue, in which special tokens mean themselves.
+
+    The token that stands before every text, as Llama 3's do, is put before it where it is missing.
+    """
+    ids, begin = tokenizer.encode(text, allowed_special="all"), tokenizer.begin_of_text
+    return ids if begin is None or ids[:1] == [begin] else [begin, *ids]

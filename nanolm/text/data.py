@@ -69,9 +69,10 @@ def write_dataset(
 ) -> None:
     """Encode a corpus into a dataset folder, whole or not at all.
 
-    Each document is followed by the tokenizer's end_of_text, where it has one. The validation
-    split is the last val_fraction of the tokens. Raises ValueError for a text so short that a
-    split would have no token to predict.
+    Each document stands between the tokenizer's begin_of_text and end_of_text, where it has them,
+    and after the last one, too, another would begin. The validation split is the last val_fraction
+    of the tokens. Raises ValueError for a text so short that a split would have no token to
+    predict.
     """
     dtype = narrowest_dtype(tokenizer.vocab_size)
     meta = {
@@ -84,8 +85,10 @@ def write_dataset(
     with whole_folder(folder, seal=SEAL) as scratch:
         train, val = (scratch / f"{split}.bin" for split in SPLITS)
         sizes = bytes_per_id(tokenizer)
-        encode = partial(encode_parts, tokenizer=tokenizer, sizes=sizes, dtype=dtype)
-        n = encode_corpus(corpus, encode, train, processes=processes)
+        encode = partial(encode_parts, tokenizer=tokenizer, dtype=dtype)
+        begin = existing(tokenizer.begin_of_text)
+        np.array(begin, dtype).tofile(train)
+        n = len(begin) + encode_corpus(corpus, encode, train, processes=processes)
         cut = int(n * (1 - val_fraction))
         if cut < 2 or n - cut < 2:
             raise ValueError(
@@ -104,33 +107,28 @@ def write_dataset(
 def encode_corpus(
     corpus: Corpus, encode: Callable[[list[Part]], np.ndarray], path: Path, *, processes: int
 ) -> int:
-    """Write the ids of all documents into one file; returns how many."""
+    """Add the ids of all documents to a file; returns how many."""
     work = bundles(corpus.read("encoding"), size=lambda part: len(part.text))
     n = 0
-    with open(path, "wb") as file:
+    with open(path, "ab") as file:
         for ids in in_order(encode, work, processes=processes):
             file.write(ids.tobytes())
             n += len(ids)
     return n
 
 
-def encode_parts(
-    parts: Iterable[Part], *, tokenizer: Tokenizer, sizes: np.ndarray, dtype: np.dtype
-) -> np.ndarray:
-    """The ids of consecutive parts, and end_of_text after each document.
-
-    sizes: bytes per id. Raises ValueError where the ids hold more or less than the text, as with a
-    pattern that no check has seen through.
-    """
-    ids = []
+def encode_parts(parts: Iterable[Part], *, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
+    """The ids of consecutive parts; after each document it ends, and the next begins."""
+    ids, between = [], existing(tokenizer.end_of_text, tokenizer.begin_of_text)
     for text, last in parts:
         ids += tokenizer.encode(text)
-        if last and tokenizer.end_of_text is not None:
-            ids.append(tokenizer.end_of_text)
-    ids = np.array(ids, dtype)
-    if sizes[ids].sum() != sum(len(tokenizer.normalize(text).encode()) for text, _ in parts):
-        raise ValueError(f"the tokenizer {tokenizer.name} does not keep the text: use another")
-    return ids
+        ids += between if last else []
+    return np.array(ids, dtype)
+
+
+def existing(*tokens: int | None) -> list[int]:
+    """Those of the tokens that a tokenizer has."""
+    return [token for token in tokens if token is not None]
 
 
 def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:

@@ -62,10 +62,6 @@ class PretrainedTokenizer:
         """The id of the token that ends a document, if there is one."""
         return self.end_token and open_pipeline(self.pipeline).token_to_id(self.end_token)
 
-    def normalize(self, text: str) -> str:
-        """The text that its ids give back."""
-        return self.decode_bytes(self.encode(text)).decode(errors="replace")
-
     def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
         """Ids of the text, without what the pipeline puts before and behind every text.
 

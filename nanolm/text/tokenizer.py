@@ -6,10 +6,10 @@ long as the text. Characters outside its alphabet have no id. Byte pair encoding
 frequent words and for every byte, so its sequences are several times shorter, and no text is
 foreign to it.
 
-Every tokenizer here has a name, vocab_size, special_tokens, begin_of_text, end_of_text, normalize,
-encode, decode, decode_bytes and save, and load_tokenizer reads back what save has written. A
-special token says something about the text and is no part of it: in a text to encode, its name is
-ordinary characters, unless the caller allows it to be more.
+Every tokenizer here has a name, vocab_size, special_tokens, begin_of_text, end_of_text, encode,
+decode, decode_bytes and save, and load_tokenizer reads back what save has written. A special token
+says something about the text and is no part of it: in a text to encode, its name is ordinary
+characters, unless the caller allows it to be more.
 """
 
 import codecs
@@ -71,10 +71,6 @@ class CharTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.characters)
-
-    def normalize(self, text: str) -> str:
-        """The text that its ids give back: itself."""
-        return text
 
     def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
         """Ids of the text, one per character. Raises ValueError at a character without one.
