@@ -174,10 +174,10 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def entries(family: Family, config: ModelConfig, theirs: dict) -> Iterator[Entry]:
-    """All tensors that a file of such a model holds. theirs: its config.json."""
+def entries(family: Family, config: ModelConfig, hf_config: dict) -> Iterator[Entry]:
+    """All tensors that a file of such a model holds. hf_config: its config.json."""
     shapes = shapes_of(config)
-    having = {"bias", *(key for key in family.biases if theirs.get(key))}
+    having = {"bias", *(key for key in family.biases if hf_config.get(key))}
     rows = filter(None, map(str.split, family.weights.splitlines()))
     for ours, own, *remarks in rows:
         if own == "lm_head" and config.tie_embeddings:
@@ -200,42 +200,42 @@ def entries(family: Family, config: ModelConfig, theirs: dict) -> Iterator[Entry
 # Keys of config.json
 
 
-def read_config(theirs: dict) -> tuple[Family, ModelConfig]:
+def read_config(hf_config: dict) -> tuple[Family, ModelConfig]:
     """The family and shape that a config.json tells of. Raises ValueError for what is foreign."""
-    require_decoder(theirs)
-    require("model", theirs, model_type=tuple(FAMILIES))
-    theirs, family = flat(theirs), FAMILIES[theirs["model_type"]]
+    require_decoder(hf_config)
+    require("model", hf_config, model_type=tuple(FAMILIES))
+    hf_config, family = flatten(hf_config), FAMILIES[hf_config["model_type"]]
     required = {**PLAIN, **family.required}
-    require("model", {**required, **theirs}, **{key: (v,) for key, v in required.items()})
+    require("model", {**required, **hf_config}, **{key: (v,) for key, v in required.items()})
     hints, values = get_type_hints(ModelConfig), {}
     for key, own in family.keys.items():
-        value = theirs.get(own, family.defaults.get(own))
+        value = hf_config.get(own, family.defaults.get(own))
         if value is None and own not in family.defaults:
             raise ValueError(f"it has no {own}")
         values[key] = value if value is None else coerce(own, value, hints[key])
         if isinstance(values[key], int) and values[key] > LARGEST:
             raise ValueError(f"{own}={value}: nanolm reads sizes up to {LARGEST}")
-    kept = theirs.get(OURS, {})
+    kept = hf_config.get(OURS, {})
     kept = {key: coerce(key, kept[key], hints[key]) for key in hints if key in kept}
     kept |= {"n_kv_head": None, "head_size": None}  # GPT-2 has no such keys, and no choice
     return family, ModelConfig(**{"bias": True, **kept, **values, **family.shape})
 
 
-def require_decoder(theirs: dict) -> None:
+def require_decoder(hf_config: dict) -> None:
     """Raise ValueError, saying what it is, for a model that does not predict each next token."""
-    architecture = str((theirs.get("architectures") or ["it"])[0])
+    architecture = str((hf_config.get("architectures") or ["it"])[0])
     kinds = [kind for end, kind in OTHERS.items() if architecture.endswith(end)]
-    if theirs.get("is_encoder_decoder"):
+    if hf_config.get("is_encoder_decoder"):
         kinds = ["an encoder-decoder"]
     if kinds:
         raise ValueError(f"{architecture} is {kinds[0]}, and nanolm reads decoders")
 
 
-def flat(theirs: dict) -> dict:
+def flatten(hf_config: dict) -> dict:
     """config.json, with what older and newer files say of positions and layers at its top."""
-    found = dict(theirs)
+    found = dict(hf_config)
     for part in ("rope_parameters", "rope_scaling"):
-        rope = theirs.get(part) or {}
+        rope = hf_config.get(part) or {}
         require(part, {"rope_type": rope.get("type", "default"), **rope}, rope_type=("default",))
         found |= rope
     if found.get("layer_types"):
@@ -268,15 +268,15 @@ def differences(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 def config_json(family: Family, config: ModelConfig) -> dict:
     """The content of config.json, all but model_type and the ids of special tokens."""
-    theirs = {own: getattr(config, key) for key, own in family.keys.items()}
-    if "rope_theta" in theirs:  # once for older versions, and once for newer ones
-        theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if "n_positions" in theirs:
-        theirs["n_ctx"] = config.block_size  # its older name, which llama.cpp reads
+    hf_config = {own: getattr(config, key) for key, own in family.keys.items()}
+    if "rope_theta" in hf_config:  # once for older versions, and once for newer ones
+        hf_config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if "n_positions" in hf_config:
+        hf_config["n_ctx"] = config.block_size  # its older name, which llama.cpp reads
     return {
         "architectures": [family.architecture],
         "dtype": "float32",
-        **theirs,
+        **hf_config,
         **family.required,
         **dict.fromkeys(family.dropout, config.dropout),
         **dict.fromkeys(family.biases, config.bias),

@@ -54,12 +54,12 @@ def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
     Tokens that the tokenizer does not have, with which some models are padded, are left out.
     Raises ValueError where something is missing, damaged, or not within ModelConfig.
     """
-    theirs, family, config = read_shape(folder / CONFIG)
+    hf_config, family, config = read_shape(folder / CONFIG)
     tokenizer = read_tokenizer(folder)
     with ExitStack() as stack:
         try:
             files = open_weights(folder, family, stack)
-            config, weights = read_weights(files, family, config, theirs)
+            config, weights = read_weights(files, family, config, hf_config)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot use the weights in {folder}: {error}") from None
     n = tokenizer.vocab_size
@@ -80,8 +80,8 @@ def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
 def read_shape(path: Path) -> tuple[dict, Family, ModelConfig]:
     """What a config.json holds, and the family and shape that it tells of."""
     try:
-        theirs = read_json(path)
-        return theirs, *read_config(theirs)
+        hf_config = read_json(path)
+        return hf_config, *read_config(hf_config)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is missing or damaged"
         raise ValueError(f"cannot use {path}: {reason}") from None
@@ -111,16 +111,16 @@ def open_weights(folder: Path, family: Family, stack: ExitStack) -> dict[str, tu
 
 
 def read_weights(
-    files: dict[str, tuple[Any, str]], family: Family, config: ModelConfig, theirs: dict
+    files: dict[str, tuple[Any, str]], family: Family, config: ModelConfig, hf_config: dict
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The weights by our names, and the config, which now says whether there are biases.
 
-    files: see open_weights. theirs: config.json.
+    files: see open_weights. hf_config: config.json.
     """
     if config.n_layer > len(files):
         raise ValueError(f"{len(files)} tensors cannot be {config.n_layer} layers")
     weights = {}
-    for name, ours, transposed in entries(family, config, theirs):
+    for name, ours, transposed in entries(family, config, hf_config):
         if name not in files:
             raise ValueError(f"there is no {name}")
         lengths = [shape[0] for shape in ours.values()]
@@ -188,7 +188,7 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     ends = {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
     config = {"model_type": name, **config_json(family, model.config), **ends}
     generation = {**ends, "pad_token_id": end}  # in config.json, it would get no gradient there
-    tensors = their_weights(family, model, config)
+    tensors = hf_weights(family, model, config)
     with whole_folder(folder, seal=CONFIG) as scratch:
         write_weights(tensors, scratch / WEIGHTS)
         write_tokenizer(tokenizer, scratch, block_size=model.config.block_size)
@@ -198,10 +198,10 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     return family.architecture
 
 
-def their_weights(family: Family, model: GPT, theirs: dict) -> dict[str, Tensor]:
+def hf_weights(family: Family, model: GPT, hf_config: dict) -> dict[str, Tensor]:
     """The tensors of model.safetensors. Raises ValueError for what the family has no place for."""
     left, tensors = model.state_dict(), {}
-    for name, ours, transposed in entries(family, model.config, theirs):
+    for name, ours, transposed in entries(family, model.config, hf_config):
         stacked = torch.cat([left.pop(part, torch.zeros(shape)) for part, shape in ours.items()])
         full = name if name.startswith("lm_head") else family.prefix + name
         tensors[full] = (stacked.T if transposed else stacked).contiguous()
