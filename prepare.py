@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from nanolm.runs.prepare import TOKENIZER_BYTES, prepare
 from nanolm.system.config import load_config
 from nanolm.system.script import run_script
-from nanolm.system.workers import n_cores
 from nanolm.text.data import check_dataset, open_dataset
 
 
@@ -26,7 +25,6 @@ class PrepareConfig:
     tokenizer: str | None = None  # char | bpe:N | gpt2 | PATH | OWNER/NAME; None: its own, or char
     tokenizer_bytes: int = TOKENIZER_BYTES  # bpe:N learns from so much text, at most
     val_fraction: float = 0.1  # share of the text, at its end, that is kept for validation
-    processes: int | None = None  # how many encode at once; None: one for each core
     check: bool = False  # prepare nothing; compare the files with their fingerprints
 
 
@@ -41,7 +39,6 @@ def main(arguments: list[str]) -> None:
             tokenizer=config.tokenizer,
             tokenizer_bytes=config.tokenizer_bytes,
             val_fraction=config.val_fraction,
-            processes=n_cores() if config.processes is None else config.processes,
         )
         meta = open_dataset(config.name).meta
     print(f"data/{config.name}: {meta['source']}")

@@ -27,7 +27,6 @@ def prepare(
     tokenizer: str | None = None,
     tokenizer_bytes: int = TOKENIZER_BYTES,
     val_fraction: float = 0.1,
-    processes: int = 1,
 ) -> Path:
     """Make the dataset data/<name> from the inputs (see find_corpus), or a known one from its own.
 
@@ -47,9 +46,8 @@ def prepare(
         )
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
-    for key, value in (("tokenizer_bytes", tokenizer_bytes), ("processes", processes)):
-        if value < 1:
-            raise ValueError(f"{key}={value}: must be at least 1")
+    if tokenizer_bytes < 1:
+        raise ValueError(f"tokenizer_bytes={tokenizer_bytes}: must be at least 1")
     default = known.tokenizer if known else CharTokenizer.name
     spec = default if tokenizer is None else tokenizer
     check_spec(spec)
@@ -62,10 +60,10 @@ def prepare(
             f"tokenizer={spec!r}: {name} goes with {known.tokenizer}; leave the key out"
         )
     corpus = known.corpus(folder) if known else find_corpus(inputs)
-    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes, processes=processes)
+    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes)
     if known and made.name != known.tokenizer:
         raise ValueError(f"{name} goes with {known.tokenizer}, and this would be {made.name}")
-    write_dataset(folder, corpus, made, val_fraction=val_fraction, processes=processes)
+    write_dataset(folder, corpus, made, val_fraction=val_fraction)
     return folder
 
 
@@ -82,7 +80,7 @@ def check_spec(spec: str) -> None:
 
 
 def make_tokenizer(
-    spec: str, corpus: Corpus, *, tokenizer_bytes: int = TOKENIZER_BYTES, processes: int = 1
+    spec: str, corpus: Corpus, *, tokenizer_bytes: int = TOKENIZER_BYTES
 ) -> Tokenizer:
     """The tokenizer that spec asks for.
 
@@ -96,5 +94,5 @@ def make_tokenizer(
         return CharTokenizer.train(corpus.texts("characters"))
     if spec.startswith("bpe:"):
         texts = corpus.texts("pieces", limit=tokenizer_bytes)
-        return BPETokenizer.train(texts, int(spec.removeprefix("bpe:")), processes=processes)
+        return BPETokenizer.train(texts, int(spec.removeprefix("bpe:")))
     return find_tokenizer(spec)

@@ -5,7 +5,7 @@ unsigned, in the narrowest type that holds the vocabulary; nanolm_tokenizer.json
 mean; meta.json counts and fingerprints them, and is the folder's seal: without it there is no
 dataset.
 
-Text streams through in batches, which several processes encode, so that its size does not matter.
+Text streams through in bundles, which several threads encode, so that its size does not matter.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from nanolm.system.files import sha256, whole_folder, write_text
-from nanolm.system.workers import bundles, in_order
+from nanolm.system.workers import in_order
 from nanolm.text.corpus import Corpus, Part
 from nanolm.text.known import KNOWN_DATASETS
 from nanolm.text.tokenizer import (
@@ -32,6 +32,7 @@ FORMAT = 2  # of meta.json
 SEAL = "meta.json"
 SPLITS = ("train", "val")
 DATA_DIR = Path("data")
+BUNDLE = 2**20  # characters of text that a thread gets at once
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def dataset_folder(name: str) -> Path:
 
 
 def write_dataset(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, *, val_fraction: float, processes: int = 1
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, *, val_fraction: float
 ) -> None:
     """Encode a corpus into a dataset folder, whole or not at all.
 
@@ -85,7 +86,7 @@ def write_dataset(
         train, val = (scratch / f"{split}.bin" for split in SPLITS)
         sizes = bytes_per_id(tokenizer)
         encode = partial(encode_parts, tokenizer=tokenizer, sizes=sizes, dtype=dtype)
-        n = encode_corpus(corpus, encode, train, processes=processes)
+        n = encode_corpus(corpus, encode, train)
         cut = int(n * (1 - val_fraction))
         if cut < 2 or n - cut < 2:
             raise ValueError(
@@ -101,17 +102,27 @@ def write_dataset(
         write_text(scratch / SEAL, json.dumps(meta, indent=2) + "\n")
 
 
-def encode_corpus(
-    corpus: Corpus, encode: Callable[[list[Part]], np.ndarray], path: Path, *, processes: int
-) -> int:
+def encode_corpus(corpus: Corpus, encode: Callable[[list[Part]], np.ndarray], path: Path) -> int:
     """Write the ids of all documents into one file; returns how many."""
-    work = bundles(corpus.read("encoding"), size=lambda part: len(part.text))
     n = 0
     with open(path, "wb") as file:
-        for ids in in_order(encode, work, processes=processes):
+        for ids in in_order(encode, bundles(corpus.read("encoding"))):
             file.write(ids.tobytes())
             n += len(ids)
     return n
+
+
+def bundles(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Parts in lists of about BUNDLE characters, so that short documents are encoded together."""
+    bundle, size = [], 0
+    for part in parts:
+        bundle.append(part)
+        size += len(part.text)
+        if size >= BUNDLE:
+            yield bundle
+            bundle, size = [], 0
+    if bundle:
+        yield bundle
 
 
 def encode_parts(

@@ -16,10 +16,8 @@ import codecs
 import json
 import sys
 import unicodedata
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -40,7 +38,7 @@ from nanolm.bpe import (
     with_fallback,
 )
 from nanolm.system.files import write_text
-from nanolm.system.workers import bundles, in_order, n_cores, progress
+from nanolm.system.workers import progress
 from nanolm.text import gpt2
 
 FORMAT = 1  # of the JSON file
@@ -168,7 +166,6 @@ class BPETokenizer:
         *,
         pattern: str = GPT2_SPLIT,
         special_tokens: Collection[str] = (END_OF_TEXT,),
-        processes: int = 1,
     ) -> "BPETokenizer":
         """Learn a vocabulary from texts: the bytes, then merges, then the special tokens.
 
@@ -186,10 +183,7 @@ class BPETokenizer:
         if isinstance(texts, str):
             raise ValueError("texts is one string: give a list, [text]")
         compiled(pattern)
-        counts = Counter()
-        count = partial(count_pieces, pattern=pattern)
-        for part in in_order(count, bundles(texts), processes=processes):
-            counts.update(part)
+        counts = count_pieces(texts, pattern=pattern)
         n_merges = vocab_size - n_fixed
         learning = learn_merges(counts, n_merges)
         merges = list(progress(iterable=learning, total=n_merges, desc="merges"))
@@ -258,13 +252,6 @@ class BPETokenizer:
                 for piece in split(stretch, self.pattern):
                     ids += encode_piece(piece, self.ranks)
         return ids
-
-    def encode_batch(
-        self, texts: Iterable[str], *, allowed_special: Collection[str] = ()
-    ) -> list[list[int]]:
-        """encode of each text, by as many threads as there are cores."""
-        with ThreadPoolExecutor(n_cores()) as threads:
-            return list(threads.map(partial(self.encode, allowed_special=allowed_special), texts))
 
     def _stretches(self, text: str, allowed_special: Collection[str]) -> Iterator[str | int]:
         """What stands between the special tokens that are allowed, and these as ids."""

@@ -200,7 +200,6 @@ ROWS = [
     row("foreign", write("new.txt", "\u20ac" * 9), tokenizer("data/tiny"), "'\u20ac'", "use only"),
     row("known", nothing, ("prepare", "pydocs", "--tokenizer=char"), "'char'", "pydocs goes with"),
     row("learn 0", some_text, prepare_text("--tokenizer_bytes=0"), "tokenizer_bytes=0", "least 1"),
-    row("processes", some_text, prepare_text("--processes=0"), "processes=0", "at least 1"),
     row("fraction 0", write("new.txt", "a" * 99), prepare_text("--val_fraction=0"), "above 0"),
     row("fraction 1", write("new.txt", "a" * 99), prepare_text("--val_fraction=1"), "below 1"),
     row("worse text", write("new.txt"), ("prepare", "tiny", "--input", "new.txt"), "empty text"),

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 
 from nanolm.runs import prepare as runs_prepare
 from nanolm.runs.prepare import find_dataset, make_tokenizer, prepare
-from nanolm.system import workers
 from nanolm.text import corpus, data
 from nanolm.text.corpus import Corpus, documents
 from nanolm.text.data import (
@@ -114,20 +112,16 @@ def test_a_dataset_is_the_encoded_documents_each_with_its_end(
     assert dataset.bytes_per_token == dataset.meta["val"]["bytes"] / len(dataset.val)
 
 
-def test_blocks_bundles_and_processes_do_not_change_a_dataset(workplace, monkeypatch):
+def test_blocks_and_bundles_do_not_change_a_dataset(workplace, monkeypatch):
     Path("a.txt").write_text(TEXT)
     Path("b.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 3)
-    pool, made = Mock(wraps=workers.ProcessPoolExecutor), []
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
-    for small, processes in [(False, 1), (True, 1), (True, 2)]:
-        if small:
-            monkeypatch.setattr(corpus, "BLOCK", 99)
-            monkeypatch.setattr(workers, "BUNDLE", 199)
-        inputs = ("a.txt", "b.jsonl")
-        made.append(content(prepare("x", inputs=inputs, tokenizer="bpe:300", processes=processes)))
+    made = []
+    for block, bundle in [(2**20, 2**20), (99, 199), (99, 1)]:
+        monkeypatch.setattr(corpus, "BLOCK", block)
+        monkeypatch.setattr(data, "BUNDLE", bundle)
+        made.append(content(prepare("x", inputs=("a.txt", "b.jsonl"), tokenizer="bpe:300")))
     assert all_ids(open_dataset("x")) == encoded(BPE, [TEXT] * 4)
     assert made[0] == made[1] == made[2]
-    assert [call.args[0] for call in pool.call_args_list] == [2, 2]  # to learn, and to encode
 
 
 def test_the_meta_file_tells_where_the_text_is_from(texts_here):
@@ -255,16 +249,15 @@ def test_a_killed_preparation_leaves_no_dataset_that_could_be_taken_for_one(
 
 
 def start_prepare(*words: str) -> subprocess.Popen:
-    """prepare.py on a long text, by itself and two workers, in a process group of their own."""
+    """prepare.py on a long text."""
     Path("long.txt").write_text(TEXT * (10**7 // len(TEXT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
-    command = [ROOT / "prepare.py", "x", "--input=long.txt", "--processes=2", *words]
+    command = [ROOT / "prepare.py", "x", "--input=long.txt", *words]
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -282,19 +275,14 @@ def test_a_real_kill_leaves_a_whole_dataset_or_none(seconds, texts_here):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
-@pytest.mark.parametrize(("written", "seconds"), [(0, 0.05), (0, 0.15), (1, 0)])
-def test_a_stop_is_one_line_and_leaves_no_dataset_and_no_process(
-    written, seconds, stop, workplace
-):
-    """While the workers start, and while they work. The terminal sends Ctrl-C to all of them."""
+def test_a_stop_while_threads_encode_is_one_line_and_leaves_no_dataset(stop, workplace):
     BPE.save("bpe.json")
     process, ids = start_prepare("--tokenizer=bpe.json"), Path("data/x/.partial/train.bin")
-    while not ids.exists() or ids.stat().st_size < written:
+    while not ids.exists() or not ids.stat().st_size:
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(seconds)
-    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
-    out, err = process.communicate(timeout=20)  # until no process holds their other ends
+    process.send_signal(stop)
+    out, err = process.communicate(timeout=20)
     said = (process.returncode, out, err.strip())
     assert said == (128 + stop, "", f"stopped by {stop.name}")
     assert not Path("data").exists()

@@ -140,14 +140,6 @@ def test_white_space_is_encoded_apart_only_where_it_is_too_long():
     assert tokenizer.encode(blank + " the") == apart
 
 
-@every_bpe
-def test_a_batch_is_encoded_as_each_of_its_texts_is(tokenizer):
-    texts = [*CORPUS, *SPECIAL, "", "ab"] * 3
-    for allowed in [(), "all"]:
-        ids = [tokenizer.encode(text, allowed_special=allowed) for text in texts]
-        assert tokenizer.encode_batch(iter(texts), allowed_special=allowed) == ids
-
-
 @given(before=texts, half=st.characters(categories=["Cs"]), after=texts)
 def test_half_a_surrogate_pair_is_refused_with_its_place(before, half, after):
     for encode in (BPE_TOKENIZERS["GPT-2"].encode, BPE_TOKENIZERS["GPT-2"].encode_naive):
@@ -279,11 +271,11 @@ def test_training_is_textbook_learning_from_the_pieces_of_the_texts(tokenizer):
     assert list(tokenizer.ranks) == tokens_of(merges)
 
 
-def test_training_depends_on_neither_the_order_of_the_texts_nor_the_number_of_processes():
-    """Each process gets a text whose words no other text has."""
-    texts = [f" {word} {word * 2}" * 200_000 for word in ["one", "two", "three"]]
+def test_training_does_not_depend_on_the_order_of_the_texts():
+    """Each has words that no other text has."""
+    texts = [f" {word} {word * 2}" * 9 for word in ["one", "two", "three"]]
     tokenizer = BPETokenizer.train(texts, 290)
-    assert BPETokenizer.train(reversed(texts), 290, processes=2) == tokenizer
+    assert BPETokenizer.train(reversed(texts), 290) == tokenizer
     assert all(len(tokenizer.encode(word)) == 1 for word in [" one", " two", " three"])
 
 
