@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from benchmarks.compare import arguments, contest, run_benchmark, write
 from nanolm.bpe import GPT2_SPLIT, learn_merges, split
 from nanolm.system.workers import n_cores
+from nanolm.text.bpe_tokenizer import END_OF_TEXT, BPETokenizer
 from nanolm.text.known import tiny_shakespeare
-from nanolm.text.tokenizer import END_OF_TEXT, BPETokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL, MIDDLE, LARGE = 256 + 256, 8192, 32768  # sizes of a vocabulary

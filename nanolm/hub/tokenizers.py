@@ -26,15 +26,15 @@ import regex
 from nanolm.bpe import ANY_CHARACTER, GPT2_SPLIT, compiled, merges_of, with_fallback
 from nanolm.hub.names import find_folder, read_json, require
 from nanolm.system.files import write_text
+from nanolm.text.bpe_tokenizer import END_OF_TEXT
+from nanolm.text.char_tokenizer import check_characters
 from nanolm.text.gpt2 import FILE as GPT2_FILE
 from nanolm.text.gpt2 import byte_of_character
 from nanolm.text.tokenizer import (
-    END_OF_TEXT,
     TOKENIZER_FILE,
     BPETokenizer,
     CharTokenizer,
     Tokenizer,
-    check_characters,
     load_tokenizer,
 )
 

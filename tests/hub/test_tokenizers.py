@@ -22,8 +22,9 @@ from nanolm.hub.tokenizers import (
     read_tokenizer,
     write_tokenizer,
 )
+from nanolm.text.bpe_tokenizer import END_OF_TEXT
 from nanolm.text.data import open_dataset
-from nanolm.text.tokenizer import END_OF_TEXT, TOKENIZER_FILE, BPETokenizer, CharTokenizer
+from nanolm.text.tokenizer import TOKENIZER_FILE, BPETokenizer, CharTokenizer
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -251,11 +251,11 @@ def test_a_good_download_is_there(what, fetch, tmp_path):
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("wrong", "its sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"),
-        ("cut", f"{len(GOOD) // 2} of {len(GOOD)} bytes"),
-        ("cut-unannounced", f"{len(GOOD) // 2} of {len(GOOD)} bytes"),
-        ("empty", f"0 of {len(GOOD)} bytes"),
-        ("more", f"more of {len(GOOD)} bytes"),
+        ("wrong", "its sha256 differs"),
+        ("cut", f"{len(GOOD) // 2} "),
+        ("cut-unannounced", f"got {len(GOOD) // 2} bytes, expected {len(GOOD)}"),
+        ("empty", f"got 0 bytes, expected {len(GOOD)}"),
+        ("more", f"got {len(GOOD) + 1} bytes, expected {len(GOOD)}"),
         ("absent", "404"),
         ("nonsense", "this is no HTTP"),
         ("stall", "timed out"),
@@ -280,7 +280,7 @@ def test_a_bad_download_leaves_no_folder(fetch, tmp_path):
 
 def test_a_download_without_end_is_ended(fetch, server, tmp_path):
     (tmp_path / "new").mkdir()
-    with pytest.raises(ValueError, match="more of"):
+    with pytest.raises(ValueError, match=f"got {len(GOOD) + 1} bytes"):
         fetch("endless")
     assert everything(tmp_path) == ["new"]
     assert server.sent < 2**26  # what the buffers between the two hold

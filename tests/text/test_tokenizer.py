@@ -2,24 +2,20 @@
 
 import hashlib
 import json
+import re
 import unicodedata
 
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from nanolm.bpe import LONGEST_BLANK, N_BYTES, learn_merges_naive, split, tokens_of
+from nanolm.text.bpe_tokenizer import END_OF_TEXT, BPETokenizer
+from nanolm.text.char_tokenizer import CharTokenizer
 from nanolm.text.data import open_dataset
-from nanolm.text.tokenizer import (
-    END_OF_TEXT,
-    TOKENIZER_FILE,
-    BPETokenizer,
-    CharTokenizer,
-    load_tokenizer,
-    stream_text,
-)
+from nanolm.text.tokenizer import TOKENIZER_FILE, load_tokenizer, stream_text
 
 GPT4_SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
@@ -140,11 +136,14 @@ def test_white_space_is_encoded_apart_only_where_it_is_too_long():
     assert tokenizer.encode(blank + " the") == apart
 
 
-@given(before=texts, half=st.characters(categories=["Cs"]), after=texts)
-def test_half_a_surrogate_pair_is_refused_with_its_place(before, half, after):
+@given(texts, st.text(st.characters(categories=["Cs"]), min_size=1, max_size=2), texts)
+@example("", "\ud83d\udc4d", "")
+def test_halves_of_surrogate_pairs_are_refused_with_their_place(before, halves, after):
+    """Also two that belong together: a pair was once called half a pair."""
+    said = f"^{re.escape(repr(halves))} at position {len(before)}: halves of surrogate pairs"
     for encode in (BPE_TOKENIZERS["GPT-2"].encode, BPE_TOKENIZERS["GPT-2"].encode_naive):
-        with pytest.raises(ValueError, match=rf"half a surrogate .* position {len(before)},"):
-            encode(before + half + after)
+        with pytest.raises(ValueError, match=said):
+            encode(before + halves + after)
 
 
 @every_bpe
@@ -383,17 +382,14 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
     [
         *["", "{", "[]", "{}", "[" * 100_000, "\ud800"],
         *[{"format": 1, "kind": kind, "characters": "ab"} for kind in ("other", ["char"], "bpe")],
-        *[{"format": 1, "kind": "char", "characters": bad} for bad in (3, ["ab"], "\ud800")],
+        {"format": 1, "kind": "char", "characters": 3},
         {"format": 2, "kind": "char", "characters": "ab"},
         *[{key: GOOD[key] for key in GOOD if key != missing} for missing in GOOD],
         *[GOOD | {"pattern": pattern} for pattern in (3, None, [], "(", "(a)", "a*")],
-        *[GOOD | {"name": name} for name in (3, "a\nb")],
         *[GOOD | {"ranks": ranks} for ranks in (None, [], {}, list(BYTES), "ranks")],
         *[GOOD | {"ranks": BYTES | {"a": i}} for i in (0, -1, 97.0, "97", None, True)],
         *[GOOD | {"ranks": BYTES | new} for new in ({"ab": 258}, {"ab": 256}, {"\u0100": 257})],
         GOOD | {"ranks": {"ab": 0} | {chr(i): i for i in range(1, N_BYTES)}},  # no byte 0
-        *[GOOD | {"normal_form": form} for form in ("nfc", "", 3, ["NFC"])],
-        *[GOOD | {"end_token": token} for token in (3, ["x"], {"x": 256})],
         *[GOOD | {"special_tokens": names} for names in (["x"], {"x": 255}, {"": 256}, "x", 3)],
         GOOD | {"special_tokens": {"\ud800": 256}},
     ],
