@@ -9,7 +9,7 @@ allows it to be more.
 import json
 import sys
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -148,27 +148,24 @@ class BPETokenizer:
         "all"; any other is ordinary characters. Raises ValueError for one that does not exist, and
         for half a surrogate pair, which is no character.
         """
-        ids = []
-        for stretch in self._stretches(text, allowed_special):
-            if isinstance(stretch, int):
-                ids.append(stretch)
-            else:
-                ids += self._engine.encode_ordinary(stretch)
-        return ids
+        return self._encode(text, allowed_special, self._engine.encode_ordinary)
 
     def encode_naive(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
         """The same by the textbook: cut into pieces, and merge in each the lowest rank first."""
-        ids = []
-        for stretch in self._stretches(text, allowed_special):
-            if isinstance(stretch, int):
-                ids.append(stretch)
-            else:
-                for piece in split(stretch, self.pattern):
-                    ids += encode_piece(piece, self.ranks)
-        return ids
 
-    def _stretches(self, text: str, allowed_special: Collection[str]) -> Iterator[str | int]:
-        """What stands between the special tokens that are allowed, and these as ids."""
+        def encode_ordinary(stretch: str) -> list[int]:
+            pieces = split(stretch, self.pattern)
+            return [i for piece in pieces for i in encode_piece(piece, self.ranks)]
+
+        return self._encode(text, allowed_special, encode_ordinary)
+
+    def _encode(
+        self,
+        text: str,
+        allowed_special: Collection[str],
+        encode_ordinary: Callable[[str], list[int]],
+    ) -> list[int]:
+        """The ids of the special tokens that are allowed, and of what stands between them."""
         check_characters(text)
         allowed = list(self.special_tokens if allowed_special == "all" else allowed_special)
         for token in allowed:
@@ -176,11 +173,14 @@ class BPETokenizer:
                 raise ValueError(
                     f"special token {token!r}: this tokenizer has {list(self.special_tokens)}"
                 )
+        ids = []
         for i, part in enumerate(cut_out(allowed, text)):
             if i % 2:
-                yield self.special_tokens[part]
+                ids.append(self.special_tokens[part])
             else:
-                yield from cut_long_blanks(self.normalize(part))
+                for stretch in cut_long_blanks(self.normalize(part)):
+                    ids += encode_ordinary(stretch)
+        return ids
 
     @cached_property
     def _engine(self) -> tiktoken.Encoding:
@@ -220,9 +220,9 @@ class BPETokenizer:
     def from_json(cls, content: dict) -> "BPETokenizer":
         """The tokenizer of what save has written."""
         ranks = {token.encode("latin-1"): i for token, i in content["ranks"].items()}
-        options = {"pattern": content["pattern"], "name": content["name"]}
         younger = {key: content[key] for key in ("end_token", "normal_form") if key in content}
-        return cls(ranks, content["special_tokens"], **options, **younger)
+        options = {"pattern": content["pattern"], "name": content["name"]} | younger
+        return cls(ranks, content["special_tokens"], **options)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BPETokenizer):

@@ -198,8 +198,6 @@ ROWS = [
     row("fraction 1", write("new.txt", "a" * 99), prepare_text("--val_fraction=1"), "below 1"),
     row("other text", some_text, OVER_TINY, "text.txt there and new.txt here", "--overwrite=true"),
     row("worse text", write("new.txt"), (*OVER_TINY, "--overwrite=true"), "empty text"),
-    row("table", write("new.csv"), ("prepare", "new", "--input=new.csv"), "new.csv", ".jsonl"),
-    row("no gzip", write("a.txt.gz", "a"), ("prepare", "new", "--input=a.txt.gz"), "a.txt.gz"),
     row("check nothing", nothing, ("prepare", "new", "--check"), "data/new", "prepare.py new"),
     row("flip", change("data/tiny/train.bin", flip), ("prepare", "tiny", "--check"), AGAIN),
     row("flip val", change("data/tiny/val.bin", flip), ("prepare", "tiny", "--check"), AGAIN),
