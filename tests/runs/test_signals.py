@@ -119,7 +119,7 @@ def prepare_disturbed(number: int) -> None:
         return encode(*args, **kwargs)
 
     data.encode_corpus = disturbed
-    sys.argv = ["prepare.py", "other", "--input=text.txt"]
+    sys.argv = ["prepare.py", "other", "--input=text.txt", "--overwrite=true"]
     run_script(prepare.main, "", prepare.PrepareConfig)
 
 
@@ -304,7 +304,8 @@ def test_prepare_leaves_at_once_and_takes_back_what_it_has_begun(number, old, ti
         shutil.copytree("data/tiny", "data/other")
     before = all_files()
     assert end(start(prepare_disturbed, number)) == [128 + number]
-    assert Path("log.txt").read_text() == f"\nstopped by {number.name}\n"
+    said = "preparing data/other from text.txt\n"
+    assert Path("log.txt").read_text() == f"{said}\nstopped by {number.name}\n"
     assert all_files() == before
 
 
