@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from nanolm.runs.prepare import TOKENIZER_BYTES, prepare
 from nanolm.system.config import load_config
 from nanolm.system.script import run_script
-from nanolm.system.workers import n_cores
 from nanolm.text.data import check_dataset, open_dataset
 
 
@@ -23,10 +22,11 @@ class PrepareConfig:
 
     name: str  # the dataset: a folder in data/
     input: tuple[str, ...] = ()  # text or .jsonl files, folders of them, - (stdin), hf:NAME
+    text_key: str = "text"  # what holds the document in a line of .jsonl, or a row of hf:NAME
     tokenizer: str | None = None  # char | bpe:N | gpt2 | PATH | OWNER/NAME; None: its own, or char
     tokenizer_bytes: int = TOKENIZER_BYTES  # bpe:N learns from so much text, at most
     val_fraction: float = 0.1  # share of the text, at its end, that is kept for validation
-    processes: int | None = None  # how many encode at once; None: one for each core
+    overwrite: bool = False  # replace a dataset of this name that was made from something else
     check: bool = False  # prepare nothing; compare the files with their fingerprints
 
 
@@ -38,10 +38,11 @@ def main(arguments: list[str]) -> None:
         prepare(
             config.name,
             inputs=config.input,
+            text_key=config.text_key,
             tokenizer=config.tokenizer,
             tokenizer_bytes=config.tokenizer_bytes,
             val_fraction=config.val_fraction,
-            processes=n_cores() if config.processes is None else config.processes,
+            overwrite=config.overwrite,
         )
         meta = open_dataset(config.name).meta
     print(f"data/{config.name}: {meta['source']}")

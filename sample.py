@@ -20,7 +20,7 @@ from nanolm.sampling import check_knobs, until
 from nanolm.system.config import load_config
 from nanolm.system.script import run_script
 from nanolm.tasks.causal import CausalTask
-from nanolm.text.corpus import read_text
+from nanolm.text.documents import read_text
 
 
 @dataclass(frozen=True, kw_only=True)

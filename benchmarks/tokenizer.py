@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from benchmarks.compare import arguments, contest, run_benchmark, write
 from nanolm.bpe import GPT2_SPLIT, learn_merges, split
 from nanolm.system.workers import n_cores
+from nanolm.text.bpe_tokenizer import END_OF_TEXT, BPETokenizer
 from nanolm.text.known import tiny_shakespeare
-from nanolm.text.tokenizer import END_OF_TEXT, BPETokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL, MIDDLE, LARGE = 256 + 256, 8192, 32768  # sizes of a vocabulary
@@ -68,12 +68,9 @@ def training(text: str, minbpe: type | None, repeats: int) -> dict:
         "tokenizers (Rust)": lambda: rust_trainer([text], MIDDLE),
     }
     large = {
-        f"nanolm, {n} processes": lambda n=n: BPETokenizer.train(
-            sources(LARGE_TEXT), LARGE, processes=n
-        )
-        for n in dict.fromkeys([n_cores(), 1])
+        "nanolm": lambda: BPETokenizer.train(sources(LARGE_TEXT), LARGE),
+        "tokenizers (Rust)": lambda: rust_trainer(sources(LARGE_TEXT), LARGE),
     }
-    large["tokenizers (Rust)"] = lambda: rust_trainer(sources(LARGE_TEXT), LARGE)
     size = f"{len(text):,} characters"
     return {
         "train_small": contest(f"{SMALL} tokens from {size}", small, repeats=repeats),
@@ -108,46 +105,33 @@ def encoding(text: str, minbpe: type | None, repeats: int) -> dict:
 
 
 def preparing(tokenizer: BPETokenizer) -> dict:
-    """Preparing a large file: time, and the memory of all processes together."""
-    results = {}
+    """Preparing a large file by as many threads as there are cores: time, and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder) / "tokenizer.json")
         with open(Path(folder) / "large.txt", "w", encoding="utf-8") as file:
             file.writelines(sources(FILE))
         size = (Path(folder) / "large.txt").stat().st_size / 1e6
-        for n in dict.fromkeys([1, n_cores()]):
-            start = time.perf_counter()
-            command = [sys.executable, ROOT / "prepare.py", "large", "--input", "large.txt"]
-            command += ["--tokenizer=tokenizer.json", f"--processes={n}"]
-            process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
-            peak = peak_memory(process)
-            assert process.returncode == 0
-            speed = size / (time.perf_counter() - start)
-            print(
-                f"preparing {size:.0f} MB in {n} processes: {speed:.1f} MB/s, "
-                f"{speed / n:.1f} MB/s per process, {peak:.0f} MB of memory",
-                flush=True,
-            )
-            results[f"prepare_{n}"] = {"MB/s": speed, "peak MB": peak}
-    return results
+        start = time.perf_counter()
+        command = [sys.executable, ROOT / "prepare.py", "large", "--input", "large.txt"]
+        command += ["--tokenizer=tokenizer.json"]
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+        peak = peak_memory(process)
+        assert process.returncode == 0
+        speed = size / (time.perf_counter() - start)
+    print(
+        f"preparing {size:.0f} MB on {n_cores()} cores: {speed:.1f} MB/s, {peak:.0f} MB of memory",
+        flush=True,
+    )
+    return {"prepare": {"MB/s": speed, "peak MB": peak}}
 
 
 def peak_memory(process: subprocess.Popen) -> float:
-    """The highest resident memory of a process and its children together, in MB (Linux)."""
+    """The highest resident memory of a process, in MB (Linux)."""
     peak = 0
     while process.poll() is None:
-        peak = max(peak, sum(resident(pid) for pid in family(process.pid)))
+        peak = max(peak, resident(process.pid))
         time.sleep(0.02)
     return peak / 1e6
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that it started."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it has ended
-        children = []
-    return [pid] + [member for child in children for member in family(int(child))]
 
 
 def resident(pid: int) -> int:

@@ -204,7 +204,8 @@ def learn_merges(counts: Mapping[str, int], n_merges: int) -> Iterator[Pair]:
     otherwise it queues again with its count.
 
     A word is a string with a character for each token, chr(id): replace and count find a pair from
-    left to right without overlap, as merge and neighbours do.
+    left to right without overlap, as merge and neighbours do. And find leaps from one new token to
+    the next, for a word may have a million letters: DNA has no white space.
     """
     words = [piece.encode().decode("latin-1") for piece in counts]
     times = list(counts.values())
@@ -229,9 +230,13 @@ def learn_merges(counts: Mapping[str, int], n_merges: int) -> Iterator[Pair]:
         created = defaultdict(list)
         for i in found:
             word = words[i] = words[i].replace(pair, token)
-            for left, right in pairwise(word):
-                if left == token or right == token:
-                    created[left + right].append(i)
+            at = word.find(token)
+            while at >= 0:
+                if at > 0:
+                    created[word[at - 1 : at + 1]].append(i)
+                if at + 1 < len(word):
+                    created[word[at : at + 2]].append(i)
+                at = word.find(token, at + 1)
         for new, seen in created.items():
             heapq.heappush(queue, (-sum([times[i] for i in seen]), new))
         places.update(created)

@@ -1,6 +1,9 @@
 """Laws of byte pair encoding."""
 
 import json
+import random
+import time
+import timeit
 from collections import Counter
 from itertools import accumulate, pairwise
 
@@ -101,6 +104,15 @@ def test_fast_learning_is_textbook_learning_in_any_order_of_the_pieces(pieces, n
     merges = learn_merges_naive(pieces, n_merges)
     random.shuffle(pieces)
     assert list(learn_merges(Counter(pieces), n_merges)) == merges
+
+
+def test_a_word_of_many_letters_is_not_walked_through_for_each_merge():
+    """A file of DNA is one word. To look at all its letters for each merge took minutes."""
+    word = "".join(random.Random(0).choices("acgt", k=300_000))
+    walk = min(timeit.repeat(lambda: [a + b for a, b in pairwise(word)], number=1))
+    began = time.process_time()
+    assert len(list(learn_merges({word: 1}, 1000))) == 1000
+    assert time.process_time() - began < 100 * walk
 
 
 @given(corpora)

@@ -20,11 +20,11 @@ from typing import Any
 from nanolm.bpe import ANY_CHARACTER, GPT2_SPLIT, merges_of, with_fallback
 from nanolm.hub.names import find_folder, read_json
 from nanolm.system.files import write_text
+from nanolm.text.bpe_tokenizer import END_OF_TEXT
 from nanolm.text.gpt2 import FILE as GPT2_FILE
 from nanolm.text.gpt2 import byte_of_character
 from nanolm.text.pretrained import PretrainedTokenizer, open_pipeline, package
 from nanolm.text.tokenizer import (
-    END_OF_TEXT,
     TOKENIZER_FILE,
     BPETokenizer,
     CharTokenizer,

@@ -6,7 +6,14 @@ from pathlib import Path
 from nanolm.hub.names import is_hub_name
 from nanolm.hub.tokenizers import find_tokenizer
 from nanolm.text.corpus import Corpus, find_corpus
-from nanolm.text.data import SEAL, Dataset, dataset_folder, open_dataset, write_dataset
+from nanolm.text.data import (
+    SEAL,
+    Dataset,
+    dataset_folder,
+    open_dataset,
+    read_meta,
+    write_dataset,
+)
 from nanolm.text.known import KNOWN_DATASETS
 from nanolm.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
@@ -24,17 +31,48 @@ def prepare(
     name: str,
     *,
     inputs: tuple[str, ...] = (),
+    text_key: str = "text",
     tokenizer: str | None = None,
     tokenizer_bytes: int = TOKENIZER_BYTES,
     val_fraction: float = 0.1,
-    processes: int = 1,
+    overwrite: bool = False,
 ) -> Path:
     """Make the dataset data/<name> from the inputs (see find_corpus), or a known one from its own.
 
-    tokenizer: see make_tokenizer. Returns the folder. Raises ValueError or FileNotFoundError, and
-    leaves what was there, on bad input.
+    tokenizer: see make_tokenizer. Returns the folder; where it was made like this before, it is
+    left as it is. Raises ValueError or FileNotFoundError, and leaves what was there, on bad input,
+    and where another dataset has the name, unless overwrite.
     """
-    folder = dataset_folder(name)
+    folder, known = dataset_folder(name), KNOWN_DATASETS.get(name)
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+    if tokenizer_bytes < 1:
+        raise ValueError(f"tokenizer_bytes={tokenizer_bytes}: must be at least 1")
+    default = known.tokenizer if known else CharTokenizer.name
+    spec = default if tokenizer is None else tokenizer
+    check_spec(spec)
+    corpus = corpus_of(name, inputs, text_key=text_key)
+    made_with = {
+        "input": " ".join(inputs) or corpus.source,
+        "bytes": corpus.size,
+        "text_key": text_key,
+        "tokenizer": spec,
+        "tokenizer_bytes": tokenizer_bytes,
+        "val_fraction": val_fraction,
+    }
+    if not overwrite and (folder / SEAL).exists():
+        check_same(folder, made_with)
+        print(f"{folder} is there already, made from the same (--overwrite=true makes it anew)")
+        return folder
+    for line in (f"preparing {folder} from {corpus.source}", *corpus.notes):
+        print(line, flush=True)
+    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes)
+    write_dataset(folder, corpus, made, val_fraction=val_fraction, made_with=made_with)
+    return folder
+
+
+def corpus_of(name: str, inputs: tuple[str, ...], *, text_key: str) -> Corpus:
+    """The text of the inputs, or that of a known dataset, which takes none."""
     known = KNOWN_DATASETS.get(name)
     if known and inputs:
         raise ValueError(
@@ -45,28 +83,22 @@ def prepare(
             f"unknown dataset {name!r}: give its text with --input PATH, or choose one of "
             f"{', '.join(KNOWN_DATASETS)}"
         )
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
-    for key, value in (("tokenizer_bytes", tokenizer_bytes), ("processes", processes)):
-        if value < 1:
-            raise ValueError(f"{key}={value}: must be at least 1")
-    default = known.tokenizer if known else CharTokenizer.name
-    spec = default if tokenizer is None else tokenizer
-    check_spec(spec)
-    if (
-        known
-        and spec != known.tokenizer
-        and not (known.tokenizer == "gpt2" and Path(spec).exists())
-    ):
+    return known.corpus(dataset_folder(name)) if known else find_corpus(inputs, text_key=text_key)
+
+
+def check_same(folder: Path, made_with: dict) -> None:
+    """Raise ValueError, naming what differs, where a dataset was made with something else."""
+    there = read_meta(folder).get("made_with", {})
+    differing = [
+        f"{key} is {there.get(key, 'unknown')} there and {value} here"
+        for key, value in made_with.items()
+        if there.get(key, "unknown") != value
+    ]
+    if differing:
         raise ValueError(
-            f"tokenizer={spec!r}: {name} goes with {known.tokenizer}; leave the key out"
+            f"{folder} is another dataset ({'; '.join(differing)}): choose another name, or "
+            "replace it with --overwrite=true"
         )
-    corpus = known.corpus(folder) if known else find_corpus(inputs)
-    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes, processes=processes)
-    if known and made.name != known.tokenizer:
-        raise ValueError(f"{name} goes with {known.tokenizer}, and this would be {made.name}")
-    write_dataset(folder, corpus, made, val_fraction=val_fraction, processes=processes)
-    return folder
 
 
 def check_spec(spec: str) -> None:
@@ -82,7 +114,7 @@ def check_spec(spec: str) -> None:
 
 
 def make_tokenizer(
-    spec: str, corpus: Corpus, *, tokenizer_bytes: int = TOKENIZER_BYTES, processes: int = 1
+    spec: str, corpus: Corpus, *, tokenizer_bytes: int = TOKENIZER_BYTES
 ) -> Tokenizer:
     """The tokenizer that spec asks for.
 
@@ -96,5 +128,5 @@ def make_tokenizer(
         return CharTokenizer.train(corpus.texts("characters"))
     if spec.startswith("bpe:"):
         texts = corpus.texts("pieces", limit=tokenizer_bytes)
-        return BPETokenizer.train(texts, int(spec.removeprefix("bpe:")), processes=processes)
+        return BPETokenizer.train(texts, int(spec.removeprefix("bpe:")))
     return find_tokenizer(spec)

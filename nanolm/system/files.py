@@ -17,8 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from nanolm.system.signals import held_back
-
 try:
     import fcntl
 except ImportError:  # Windows has no flock; everything but the lock works there
@@ -132,12 +130,13 @@ def whole_folder(folder: str | Path, *, seal: str) -> Iterator[Path]:
                 sync(path)
                 if (folder / path.name).is_dir():
                     raise ValueError(f"{folder / path.name} is a folder: remove it first")
-            with held_back():  # from here on there is no old one to go back to
-                (folder / seal).unlink(missing_ok=True)
-                sync(folder)
-                for path in sorted(scratch.iterdir(), key=lambda path: path.name == seal):
-                    os.replace(path, folder / path.name)
-                sync(folder)
+            (folder / seal).unlink(
+                missing_ok=True
+            )  # from here on there is no old one to go back to
+            sync(folder)
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == seal):
+                os.replace(path, folder / path.name)
+            sync(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

@@ -81,27 +81,3 @@ def collecting(*, say: bool) -> Iterator[Signals]:
 
     with handled_by(note, SIGNALS):
         yield signals
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Let signals to stop wait until the block ends; a process born in it never hears of any.
-
-    (The terminal sends Ctrl-C to all processes, and only the first one has an answer.)
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = []
-    masks = hasattr(signal, "pthread_sigmask")  # not on Windows; processes inherit the mask
-    try:
-        with handled_by(lambda number, frame: came.append(number), STOP):
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP) if masks else None
-            try:
-                yield
-            finally:
-                if masks:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    finally:
-        for number in came[:1]:
-            signal.raise_signal(number)

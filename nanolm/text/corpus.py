@@ -2,38 +2,36 @@
 
 It is read from files, folders, lines of JSON, standard input, or a dataset of the Hugging Face
 hub.
-
-A document may be larger than the memory, so it comes in parts. They are cut where a word ends and
-white space follows: no token of GPT-2's pattern, or of the usual others, reaches over such a
-place, and so the parts encode to what the whole would. (Only where a block has no such place at
-all is it cut at its end.)
 """
 
-import codecs
-import json
 import math
+import os
 import shutil
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
 
 from nanolm.system.workers import progress
+from nanolm.text.documents import (
+    GZIP,
+    JSON_LINES,
+    Part,
+    cut_document,
+    decode_blocks,
+    documents,
+    json_lines,
+    kind_of,
+    opened,
+    read_parts,
+)
 
-JSON_LINES = ".jsonl"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", JSON_LINES)
+TABLE_SUFFIXES = (".csv", ".tsv")
 STDIN, HUB = "-", "hf:"  # instead of a path
-BLOCK = 2**20  # bytes that are read at once, and characters of a part
-
-
-class Part(NamedTuple):
-    """Some text, and whether its document ends with it."""
-
-    text: str
-    last: bool
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Corpus:
     source: str  # where they come from, in words
     parts: Callable[[], Iterable[Part]]
     size: int | None = None  # about how many bytes they are, where that is known
+    notes: tuple[str, ...] = ()  # lines for a person: what was found in a folder, and what is left
 
     def read(self, label: str, *, limit: float = math.inf) -> Iterator[Part]:
         """The parts, up to limit bytes of text. On a terminal, long work shows a bar."""
@@ -62,141 +61,97 @@ class Corpus:
         return (part.text for part in self.read(label, limit=limit))
 
 
-def documents(texts: Iterable[str]) -> Iterator[Part]:
-    """Whole documents; empty ones are none."""
-    return (Part(text, True) for text in texts if text)
-
-
-def find_corpus(inputs: Iterable[str]) -> Corpus:
+def find_corpus(inputs: Iterable[str], *, text_key: str = "text") -> Corpus:
     """The documents of all inputs, in the order given.
 
     An input is a UTF-8 file, one document; a file of JSON lines (named .jsonl), each an object
-    whose key "text" holds a document; a folder, for the files in and below it that end in one of
-    TEXT_SUFFIXES, sorted, without hidden ones; "-" for standard input, one document; or
-    "hf:NAME[:CONFIG[:SPLIT]]" for a dataset of the Hugging Face hub, or in a folder of its format.
+    whose text_key holds a document; either of them packed (.gz); a folder, for the files in and
+    below it that end in one of TEXT_SUFFIXES, sorted, without hidden ones; "-" for standard input,
+    one document; or "hf:NAME[:CONFIG[:SPLIT]]" for a dataset of the Hugging Face hub, or in a
+    folder of its format.
     Raises FileNotFoundError or ValueError for a file or folder that is not there
     and, on reading, for a dataset that is not and for what is no text.
     """
-    corpora = [find_input(name) for name in inputs]
+    corpora = [find_input(name, text_key) for name in inputs]
     sizes = [corpus.size for corpus in corpora]
     return Corpus(
         ", ".join(corpus.source for corpus in corpora),
         lambda: chain.from_iterable(corpus.parts() for corpus in corpora),
         None if None in sizes else sum(sizes),
+        tuple(note for corpus in corpora for note in corpus.notes),
     )
 
 
-def find_input(name: str) -> Corpus:
+def find_input(name: str, text_key: str) -> Corpus:
     """One input, by the rules of find_corpus."""
     if not name:
         raise ValueError("--input is empty: name a file or a folder")
     if name == STDIN:
         return standard_input()
     if name.startswith(HUB):
-        return hub_dataset(*name.removeprefix(HUB).split(":", maxsplit=2))
-    files = find_text_files(Path(name))
+        return hub_dataset(*name.removeprefix(HUB).split(":", maxsplit=2), text_key=text_key)
+    files, notes = find_text_files(Path(name))
+    if dropped := unread_keys(files, text_key):
+        notes.append(f"{name}: only {text_key!r} of each line is read, without {dropped}")
+    packed = any(file.suffix.lower() == GZIP for file in files)
     return Corpus(
         name,
-        lambda: chain.from_iterable(read_parts(file) for file in files),
-        sum(file.stat().st_size for file in files),
+        lambda: chain.from_iterable(read_parts(file, text_key=text_key) for file in files),
+        None if packed else sum(file.stat().st_size for file in files),
+        tuple(notes),
     )
 
 
-def find_text_files(path: Path) -> list[Path]:
-    """The file itself, or the text files of a folder."""
+def find_text_files(path: Path) -> tuple[list[Path], list[str]]:
+    """The file itself, or the text files of a folder; and what to say of that."""
     if path.is_file():
-        return [path]
-    if path.exists() and not path.is_dir():
-        raise ValueError(
-            f"{path}: neither file nor folder; let standard input come from it, for -"
-        )
+        if kind_of(path) in TABLE_SUFFIXES:
+            raise ValueError(
+                f'{path} is a table: write its texts as lines of JSON, {{"text": ...}}, into a '
+                f"{JSON_LINES} file; or, to learn the commas too, name it .txt"
+            )
+        return [path], []
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: no such file or folder; --input takes text files, folders of them, "
             f"{STDIN} for standard input, and {HUB}NAME"
         )
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in TEXT_SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and file.is_file()
-    ]
+    found = defaultdict(list)
+    for file in sorted(path.rglob("*")):
+        if not file.is_dir():
+            found[why_skipped(file, path)].append(file)
+    files = found.pop(None, [])
     if not files:
         raise ValueError(
             f"{path}: no {', '.join(TEXT_SUFFIXES)} file in this folder; name others one by one"
         )
-    return files
+    notes = [f"{path}: {len(files)} text files"]
+    notes += [
+        f"{path}: skipped {len(skipped)} {reason}, as {skipped[0].relative_to(path)}"
+        for reason, skipped in found.items()
+    ]
+    return files, notes
 
 
-def read_parts(path: Path) -> Iterator[Part]:
-    """The documents of a file."""
-    with open(path, "rb") as file:
-        if path.suffix.lower() == JSON_LINES:
-            yield from documents(json_lines(file, path))
-        else:
-            yield from cut_document(decode_blocks(file, path))
+def why_skipped(file: Path, folder: Path) -> str | None:
+    """Why a file of a folder is not read; None where it is."""
+    if any(part.startswith(".") for part in file.relative_to(folder).parts):
+        return "hidden"
+    if kind_of(file) not in TEXT_SUFFIXES:
+        return "with another suffix"
+    if not file.is_file() or not os.access(file, os.R_OK):
+        return "unreadable"
+    return None
 
 
-def read_text(path: Path) -> str:
-    """A whole file as text, line ends as they are. Raises ValueError where it is not UTF-8."""
-    with open(path, "rb") as file:
-        return "".join(decode_blocks(file, path))
-
-
-def decode_blocks(file: IO[bytes], name: object) -> Iterator[str]:
-    """The text of a file, block by block. Raises ValueError where it is not UTF-8."""
-    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
-    while True:
-        block = file.read(BLOCK)
-        waiting = len(decoder.getstate()[0])  # the bytes of a character that is not complete
-        try:
-            yield decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name}: not UTF-8 at byte {start - waiting + error.start} "
-                f"(0x{error.object[error.start]:02x}); convert the file to UTF-8, or leave it out"
-            ) from None
-        if not block:
-            return
-        start += len(block)
-
-
-def cut_document(blocks: Iterable[str]) -> Iterator[Part]:
-    """A document in parts of about a block, each cut where a word ends."""
-    text, begun = "", False
-    for block in blocks:
-        text += block
-        if len(text) >= BLOCK:
-            cut = end_of_a_word(text)
-            yield Part(text[:cut], False)
-            text, begun = text[cut:], True
-    if text or begun:
-        yield Part(text, True)
-
-
-def end_of_a_word(text: str) -> int:
-    """Where the last word ends that white space follows; the end of the text, where none does."""
-    for i in range(len(text) - 1, 0, -1):
-        if text[i].isspace() and text[i - 1].isalnum():
-            return i
-    return len(text)
-
-
-def json_lines(file: Iterable[bytes], name: object) -> Iterator[str]:
-    """The key "text" of each line's JSON object. Raises ValueError where a line has none."""
-    for number, line in enumerate(file, start=1):
-        if line.isspace():
-            continue
-        try:
-            text = json.loads(line.decode())["text"]
-            text.encode()  # JSON can spell half a surrogate pair, which is no character
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise ValueError(
-                f'{name}, line {number}: each line must be a JSON object whose key "text" holds '
-                "a string"
-            ) from None
-        yield text
+def unread_keys(files: Iterable[Path], text_key: str) -> str:
+    """The other keys of JSON lines, from the first line of each file."""
+    keys = set()
+    for file in files:
+        if kind_of(file) == JSON_LINES:
+            with opened(file) as lines:
+                keys.update(next(json_lines(lines, file, text_key), {}))
+    return ", ".join(sorted(keys - {text_key}))
 
 
 def standard_input() -> Corpus:
@@ -213,8 +168,8 @@ def standard_input() -> Corpus:
     return Corpus("standard input", parts, copy.tell())
 
 
-def hub_dataset(name: str, config: str = "", split: str = "train") -> Corpus:
-    """The key "text" of a dataset on the Hugging Face hub, or in a folder of its format."""
+def hub_dataset(name: str, config: str = "", split: str = "train", *, text_key: str) -> Corpus:
+    """The texts of a dataset on the Hugging Face hub, or in a folder of its format."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -225,9 +180,11 @@ def hub_dataset(name: str, config: str = "", split: str = "train") -> Corpus:
     def texts() -> Iterator[str]:
         try:
             for row in load_dataset(name, config or None, split=split, streaming=True):
-                if not isinstance(row.get("text"), str):
-                    raise ValueError(f'a row has no text under "text", but {list(row)}')
-                yield row["text"]
+                if not isinstance(row.get(text_key), str):
+                    raise ValueError(
+                        f'a row has no text under "{text_key}", but {list(row)}: see --text_key'
+                    )
+                yield row[text_key]
         except Exception as error:  # of many kinds, from the hub, from files, from us
             raise ValueError(f"{HUB}{name}: {str(error) or type(error).__name__}") from None
 

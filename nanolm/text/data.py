@@ -5,22 +5,24 @@ unsigned, in the narrowest type that holds the vocabulary; nanolm_tokenizer.json
 mean; meta.json counts and fingerprints them, and is the folder's seal: without it there is no
 dataset.
 
-Text streams through in batches, which several processes encode, so that its size does not matter.
+Text streams through in bundles, which several threads encode, so that its size does not matter.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nanolm.system.files import sha256, whole_folder, write_text
-from nanolm.system.workers import bundles, in_order
-from nanolm.text.corpus import Corpus, Part
+from nanolm.system.workers import in_order
+from nanolm.text.corpus import Corpus
+from nanolm.text.documents import Part
 from nanolm.text.known import KNOWN_DATASETS
 from nanolm.text.tokenizer import (
     TOKENIZER_FILE,
@@ -29,9 +31,11 @@ from nanolm.text.tokenizer import (
 )
 
 FORMAT = 2  # of meta.json
+TASK = "causal"  # what a dataset is for, unless it says otherwise
 SEAL = "meta.json"
 SPLITS = ("train", "val")
 DATA_DIR = Path("data")
+BUNDLE = 2**20  # characters of text that a thread gets at once
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,16 @@ def dataset_folder(name: str) -> Path:
 
 
 def write_dataset(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, *, val_fraction: float, processes: int = 1
+    folder: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    val_fraction: float,
+    made_with: Mapping[str, Any] = {},
 ) -> None:
     """Encode a corpus into a dataset folder, whole or not at all.
+
+    made_with: what was asked for, noted in meta.json.
 
     Each document stands between the tokenizer's begin_of_text and end_of_text, where it has them,
     and after the last one, too, another would begin. The validation split is the last val_fraction
@@ -77,6 +88,8 @@ def write_dataset(
     dtype = narrowest_dtype(tokenizer.vocab_size)
     meta = {
         "format": FORMAT,
+        "task": TASK,
+        "made_with": made_with,
         "source": corpus.source,
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
@@ -88,7 +101,7 @@ def write_dataset(
         encode = partial(encode_parts, tokenizer=tokenizer, dtype=dtype)
         begin = existing(tokenizer.begin_of_text)
         np.array(begin, dtype).tofile(train)
-        n = len(begin) + encode_corpus(corpus, encode, train, processes=processes)
+        n = len(begin) + encode_corpus(corpus, encode, train)
         cut = int(n * (1 - val_fraction))
         if cut < 2 or n - cut < 2:
             raise ValueError(
@@ -104,17 +117,27 @@ def write_dataset(
         write_text(scratch / SEAL, json.dumps(meta, indent=2) + "\n")
 
 
-def encode_corpus(
-    corpus: Corpus, encode: Callable[[list[Part]], np.ndarray], path: Path, *, processes: int
-) -> int:
+def encode_corpus(corpus: Corpus, encode: Callable[[list[Part]], np.ndarray], path: Path) -> int:
     """Add the ids of all documents to a file; returns how many."""
-    work = bundles(corpus.read("encoding"), size=lambda part: len(part.text))
     n = 0
     with open(path, "ab") as file:
-        for ids in in_order(encode, work, processes=processes):
+        for ids in in_order(encode, bundles(corpus.read("encoding"))):
             file.write(ids.tobytes())
             n += len(ids)
     return n
+
+
+def bundles(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Parts in lists of about BUNDLE characters, so that short documents are encoded together."""
+    bundle, size = [], 0
+    for part in parts:
+        bundle.append(part)
+        size += len(part.text)
+        if size >= BUNDLE:
+            yield bundle
+            bundle, size = [], 0
+    if bundle:
+        yield bundle
 
 
 def encode_parts(parts: Iterable[Part], *, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
@@ -170,50 +193,38 @@ def open_dataset(name: str) -> Dataset:
     folder = dataset_folder(name)
     if not (folder / SEAL).exists():
         raise FileNotFoundError(f"no dataset in {folder}: make it with {prepare_command(name)}")
-    again = f"prepare it again: {prepare_command(name)}"
-    meta = read_meta(folder, again)
-    known = KNOWN_DATASETS.get(name)
-    if known and meta["tokenizer"] != known.tokenizer:
-        raise ValueError(
-            f"{folder} was made with the tokenizer {meta['tokenizer']!r}, and {name} goes with "
-            f"{known.tokenizer!r}: {again}"
-        )
+    meta = read_meta(folder)
     dtype = np.dtype(meta["dtype"])
     for split in SPLITS:
         path, size = folder / f"{split}.bin", meta[split]["tokens"] * dtype.itemsize
-        actual = path.stat().st_size if path.exists() else "no"
-        if actual != size:
-            raise ValueError(f"{path} holds {actual} bytes and {SEAL} says {size}: {again}")
+        if not path.exists() or path.stat().st_size != size:
+            raise ValueError(f"{path} should hold {size} bytes: {prepare_again(name)}")
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-    if tokenizer.vocab_size != meta["vocab_size"]:
-        raise ValueError(
-            f"{folder / TOKENIZER_FILE} has {tokenizer.vocab_size} tokens and {SEAL} says "
-            f"{meta['vocab_size']}: {again}"
-        )
     train, val = (np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in SPLITS)
     return Dataset(folder, train, val, tokenizer, meta)
 
 
-def read_meta(folder: Path, way_out: str) -> dict:
-    """meta.json, its fields checked. Raises ValueError, ending in way_out."""
+def read_meta(folder: Path) -> dict:
+    """meta.json. Raises ValueError where it is not of this FORMAT."""
     path = folder / SEAL
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        counts = [meta[split][key] for split in SPLITS for key in ("tokens", "bytes")]
-        right = meta["format"] == FORMAT and all(isinstance(n, int) and n > 0 for n in counts)
-        right = right and np.dtype(meta["dtype"]) == narrowest_dtype(meta["vocab_size"])
-        texts = [meta[key] for key in ("source", "tokenizer", "tokenizer_sha256")]
-        texts += [meta[split]["sha256"] for split in SPLITS]
-        right = right and all(isinstance(text, str) for text in texts)
+        if meta["format"] != FORMAT:
+            raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
-        right = False
-    if not right:
-        raise ValueError(f"{path} is damaged or of another version of nanolm; {way_out}")
-    return meta
+        raise ValueError(
+            f"{path} is damaged or of another version of nanolm: {prepare_again(folder.name)}"
+        ) from None
+    return {"task": TASK} | meta
 
 
 def prepare_command(name: str) -> str:
     return f"python prepare.py {name}" + ("" if name in KNOWN_DATASETS else " --input PATH")
+
+
+def prepare_again(name: str) -> str:
+    """The way out of what is wrong with a dataset."""
+    return f"prepare it again: {prepare_command(name)} --overwrite=true"
 
 
 def check_dataset(name: str) -> dict:
@@ -225,6 +236,6 @@ def check_dataset(name: str) -> dict:
         if sha256(path) != fingerprint:
             raise ValueError(
                 f"{path} has changed since it was prepared (its sha256 differs from {SEAL}): "
-                f"prepare it again: {prepare_command(name)}"
+                f"{prepare_again(name)}"
             )
     return dataset.meta

@@ -7,7 +7,7 @@ such a pipeline gets the interface of the other tokenizers, and their form on di
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from nanolm.system.files import write_text
+from nanolm.text.char_tokenizer import FORMAT, look_up
 from nanolm.text.gpt2 import byte_of_character
 
-FORMAT = 1  # of the JSON file
 BYTES = byte_of_character()
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte
 
@@ -140,13 +140,3 @@ def added_text(i: int, pipeline: Any) -> str:
     """What a token adds to a text: the first of two could be at its start, and lose a blank."""
     once, twice = (pipeline.decode([i] * n, skip_special_tokens=False) for n in (1, 2))
     return twice.removeprefix(once)
-
-
-def look_up(table: Mapping[int, Any], ids: Iterable[int]) -> list:
-    """What the table has for each id. Raises ValueError where it has nothing."""
-    try:
-        return [table[i] for i in ids]
-    except KeyError as error:
-        raise ValueError(
-            f"id {error.args[0]} is outside the vocabulary of {len(table)} tokens"
-        ) from None

@@ -33,16 +33,11 @@ from nanolm.hub.tokenizers import (
     write_tokenizer,
 )
 from nanolm.tasks.causal import encode_prompt, opening
+from nanolm.text.bpe_tokenizer import END_OF_TEXT, BPETokenizer
+from nanolm.text.char_tokenizer import CharTokenizer
 from nanolm.text.data import existing, open_dataset
 from nanolm.text.pretrained import PretrainedTokenizer, open_pipeline
-from nanolm.text.tokenizer import (
-    END_OF_TEXT,
-    TOKENIZER_FILE,
-    BPETokenizer,
-    CharTokenizer,
-    load_tokenizer,
-    stream_text,
-)
+from nanolm.text.tokenizer import TOKENIZER_FILE, load_tokenizer, stream_text
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

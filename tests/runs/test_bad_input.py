@@ -73,12 +73,6 @@ def capitals(data: bytes) -> bytes:
     return data.replace(b"w", b"W")
 
 
-def without_fingerprints(data: bytes) -> bytes:
-    content = json.loads(data)
-    del content["train"]["sha256"]
-    return json.dumps(content).encode()
-
-
 def other_text(text: str) -> Callable[[], None]:
     """Another dataset, data/other, of the text."""
 
@@ -124,6 +118,7 @@ def world(size: str) -> tuple[tuple[str, str], ...]:
 
 
 AGAIN = "prepare it again"
+OVER_TINY = ("prepare", "tiny", "--input", "new.txt")
 AGAIN_FROM = ("train", *TINY, "--out_dir=out/tiny", "--overwrite=true")
 ALL = train("--gradient_accumulation_steps=2", "--backend=nccl")
 TOKENS = "data/tiny/nanolm_tokenizer.json"
@@ -198,27 +193,15 @@ ROWS = [
     row("no tokenizer", some_text, tokenizer("new.txt"), "new.txt", "no tokenizer", "another"),
     row("no tokenizer in", some_text, tokenizer("data"), "data/nanolm_tokenizer.json", "another"),
     row("foreign", write("new.txt", "\u20ac" * 9), tokenizer("data/tiny"), "'\u20ac'", "use only"),
-    row("known", nothing, ("prepare", "pydocs", "--tokenizer=char"), "'char'", "pydocs goes with"),
     row("learn 0", some_text, prepare_text("--tokenizer_bytes=0"), "tokenizer_bytes=0", "least 1"),
-    row("processes", some_text, prepare_text("--processes=0"), "processes=0", "at least 1"),
     row("fraction 0", write("new.txt", "a" * 99), prepare_text("--val_fraction=0"), "above 0"),
     row("fraction 1", write("new.txt", "a" * 99), prepare_text("--val_fraction=1"), "below 1"),
-    row("worse text", write("new.txt"), ("prepare", "tiny", "--input", "new.txt"), "empty text"),
+    row("other text", some_text, OVER_TINY, "text.txt there and new.txt here", "--overwrite=true"),
+    row("worse text", write("new.txt"), (*OVER_TINY, "--overwrite=true"), "empty text"),
     row("check nothing", nothing, ("prepare", "new", "--check"), "data/new", "prepare.py new"),
     row("flip", change("data/tiny/train.bin", flip), ("prepare", "tiny", "--check"), AGAIN),
     row("flip val", change("data/tiny/val.bin", flip), ("prepare", "tiny", "--check"), AGAIN),
     row("other tokens", change(TOKENS, capitals), ("prepare", "tiny", "--check"), TOKENS, AGAIN),
-    row("no source", meta(source=None), ("prepare", "tiny", "--check"), "meta.json", AGAIN),
-    row(
-        "no hash", meta(tokenizer_sha256=None), ("prepare", "tiny", "--check"), "meta.json", AGAIN
-    ),
-    row(
-        "no fingerprint",
-        change("data/tiny/meta.json", without_fingerprints),
-        ("prepare", "tiny", "--check"),
-        "meta.json",
-        AGAIN,
-    ),
     row("name taken", write("data/new", b"a file"), prepare_text("--input", "text.txt"), "new"),
     # opening a dataset
     row("no dataset", nothing, train("--dataset=no"), "data/no", "prepare.py no --input PATH"),
@@ -232,10 +215,6 @@ ROWS = [
     row("meta garbage", write("data/tiny/meta.json", b"\xff{"), TRAIN, "meta.json", AGAIN),
     row("meta list", write("data/tiny/meta.json", "[]"), TRAIN, "meta.json", AGAIN),
     row("meta format", meta(format=99), TRAIN, "meta.json", AGAIN),
-    row("meta dtype", meta(dtype="<u4"), TRAIN, "meta.json", AGAIN),
-    row("meta vocabulary", meta(vocab_size=7), TRAIN, "7", AGAIN),
-    row("meta without dtype", meta(dtype=None), TRAIN, "meta.json", AGAIN),
-    row("meta without train", meta(train=None), TRAIN, "meta.json", AGAIN),
     row("tokens", write(TOKENS, "{"), TRAIN, "tokenizer", "again"),
     row("no tokens", remove(TOKENS), TRAIN, "tokenizer", "again"),
     # runs

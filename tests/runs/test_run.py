@@ -304,7 +304,7 @@ def test_no_checkpoint_holds_a_number_that_is_not_finite(tiny_run, capsys):
 def test_a_text_that_changed_under_a_run_is_mentioned(tiny_run, capsys):
     train()
     Path("text.txt").write_text(Path("text.txt").read_text()[::-1])
-    prepare("tiny", inputs=("text.txt",))
+    prepare("tiny", inputs=("text.txt",), overwrite=True)
     train("--init_from=resume", "--max_iters=6")
     assert "changed   the text in data/tiny" in capsys.readouterr().out
 

@@ -35,7 +35,7 @@ from nanolm.runs.checkpoint import load, step_files, step_of
 from nanolm.runs.log import read_metrics
 from nanolm.system import signals
 from nanolm.system.script import run_script
-from nanolm.system.signals import STOP, Stopped, collecting, held_back, leaving_at_once
+from nanolm.system.signals import STOP, Stopped, collecting, leaving_at_once
 from nanolm.text import data
 
 SIGINT, SIGTERM, SIGUSR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
@@ -119,7 +119,7 @@ def prepare_disturbed(number: int) -> None:
         return encode(*args, **kwargs)
 
     data.encode_corpus = disturbed
-    sys.argv = ["prepare.py", "other", "--input=text.txt"]
+    sys.argv = ["prepare.py", "other", "--input=text.txt", "--overwrite=true"]
     run_script(prepare.main, "", prepare.PrepareConfig)
 
 
@@ -304,7 +304,8 @@ def test_prepare_leaves_at_once_and_takes_back_what_it_has_begun(number, old, ti
         shutil.copytree("data/tiny", "data/other")
     before = all_files()
     assert end(start(prepare_disturbed, number)) == [128 + number]
-    assert Path("log.txt").read_text() == f"\nstopped by {number.name}\n"
+    said = "preparing data/other from text.txt\n"
+    assert Path("log.txt").read_text() == f"{said}\nstopped by {number.name}\n"
     assert all_files() == before
 
 
@@ -332,7 +333,7 @@ def leave(block: Callable, *, by: type[BaseException] | None) -> None:
             raise by
 
 
-BLOCKS = [leaving_at_once, held_back, partial(collecting, say=False)]
+BLOCKS = [leaving_at_once, partial(collecting, say=False)]
 BLOCKS += [partial(signals.handled_by, print, signals.SIGNALS)]
 every_block = pytest.mark.parametrize(
     "block", BLOCKS, ids=lambda block: getattr(block, "func", block).__name__
@@ -387,30 +388,6 @@ def test_a_second_signal_does_not_disturb_the_way_out(number, came):
     with pytest.raises(Stopped), leaving_at_once():
         work()
     assert tidied
-    assert came == []
-
-
-@names("number", STOP)
-@pytest.mark.parametrize("error", [None, ValueError])
-def test_what_is_held_back_comes_when_the_block_ends(number, error, came):
-    """Once, and to the handler that was there before; what saves is no matter of this block."""
-    with pytest.raises(error) if error else contextlib.nullcontext(), held_back():
-        signal.raise_signal(SIGUSR1)
-        assert came == [SIGUSR1]
-        for _ in range(2):
-            os.kill(os.getpid(), number)
-        assert came == [SIGUSR1]
-        if error:
-            raise error
-    assert came == [SIGUSR1, number]
-
-
-def test_a_process_born_in_held_back_never_hears_of_a_signal_to_stop(came):
-    """Ctrl-C reaches all processes of a terminal, and only the first one has an answer."""
-    script = "kill -INT $$; kill -TERM $$; echo alive"
-    with held_back():
-        said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
-    assert said.stdout == "alive\n"
     assert came == []
 
 

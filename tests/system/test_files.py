@@ -202,22 +202,6 @@ def test_the_seal_is_removed_first_and_moved_last(tmp_path, calls):
     assert max(calls.index(("fsync", name)) for name in NEW) < first
 
 
-def test_ctrl_c_waits_until_the_files_are_moved(tmp_path, monkeypatch):
-    """Between the old seal and the new one there is no dataset to go back to."""
-    fill(tmp_path, OLD)
-    replace = os.replace
-
-    def interrupted(source, target):
-        signal.raise_signal(signal.SIGINT)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path, seal="seal") as scratch:
-        fill(scratch, NEW)
-    assert content(tmp_path) == NEW
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
 def test_what_a_killed_writer_left_is_cleared(tmp_path):
     fill(tmp_path / ".partial", {"stale": b"half"})
     with whole_folder(tmp_path, seal="seal") as scratch:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,9 +18,11 @@ from hypothesis import strategies as st
 
 from nanolm.runs import prepare as runs_prepare
 from nanolm.runs.prepare import find_dataset, make_tokenizer, prepare
-from nanolm.system import workers
-from nanolm.text import corpus, data
-from nanolm.text.corpus import Corpus, documents
+from nanolm.text import data
+from nanolm.text import documents as documents_module
+from nanolm.text.bpe_tokenizer import END_OF_TEXT, BPETokenizer
+from nanolm.text.char_tokenizer import CharTokenizer
+from nanolm.text.corpus import Corpus
 from nanolm.text.data import (
     SPLITS,
     Dataset,
@@ -30,14 +31,15 @@ from nanolm.text.data import (
     open_dataset,
     write_dataset,
 )
+from nanolm.text.documents import documents
 from nanolm.text.known import KnownDataset
-from nanolm.text.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
+from nanolm.text.tokenizer import Tokenizer
 
 BPE = BPETokenizer.train([TEXT], 300)
 END_FIRST = BPETokenizer({token: i + 1 for token, i in BPE.ranks.items()}, {END_OF_TEXT: 0})
 
 
-@given(st.integers(1, 2**31))
+@given(st.integers(1, 2**31) | st.sampled_from([256, 257, 2**16, 2**16 + 1]))
 def test_the_narrowest_type_holds_the_largest_id(vocab_size):
     """Ids written as uint16 wrap silently: 70000 would become 4464."""
     dtype = narrowest_dtype(vocab_size)
@@ -103,6 +105,7 @@ def test_a_dataset_is_the_encoded_documents_each_with_its_end(
         write_dataset(Path("data/x"), corpus_of(*texts), tokenizer, val_fraction=val_fraction)
         dataset = open_dataset("x")
         assert check_dataset("x") == dataset.meta
+        assert dataset.train.dtype == narrowest_dtype(tokenizer.vocab_size)
     assert (dataset.train.tolist(), dataset.val.tolist()) == (ids[:cut], ids[cut:])
     assert ids.count(tokenizer.end_of_text) == n_ends
     for split in SPLITS:
@@ -114,20 +117,17 @@ def test_a_dataset_is_the_encoded_documents_each_with_its_end(
     assert dataset.bytes_per_token == dataset.meta["val"]["bytes"] / len(dataset.val)
 
 
-def test_blocks_bundles_and_processes_do_not_change_a_dataset(workplace, monkeypatch):
+def test_blocks_and_bundles_do_not_change_a_dataset(workplace, monkeypatch):
     Path("a.txt").write_text(TEXT)
     Path("b.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 3)
-    pool, made = Mock(wraps=workers.ProcessPoolExecutor), []
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
-    for small, processes in [(False, 1), (True, 1), (True, 2)]:
-        if small:
-            monkeypatch.setattr(corpus, "BLOCK", 99)
-            monkeypatch.setattr(workers, "BUNDLE", 199)
-        inputs = ("a.txt", "b.jsonl")
-        made.append(content(prepare("x", inputs=inputs, tokenizer="bpe:300", processes=processes)))
-    assert all_ids(open_dataset("x")) == encoded(BPE, [TEXT] * 4)
+    made = []
+    for block, bundle in [(2**20, 2**20), (99, 199), (99, 1)]:
+        monkeypatch.setattr(documents_module, "BLOCK", block)
+        monkeypatch.setattr(data, "BUNDLE", bundle)
+        folder = prepare(f"x{block}{bundle}", inputs=("a.txt", "b.jsonl"), tokenizer="bpe:300")
+        made.append(content(folder))
+    assert all_ids(open_dataset(folder.name)) == encoded(BPE, [TEXT] * 4)
     assert made[0] == made[1] == made[2]
-    assert [call.args[0] for call in pool.call_args_list] == [2, 2]  # to learn, and to encode
 
 
 def test_the_meta_file_tells_where_the_text_is_from(texts_here):
@@ -141,7 +141,7 @@ def test_a_failed_preparation_leaves_the_old_dataset(texts_here):
     before = content(prepare("x", inputs=("a.txt",)))
     Path("short.txt").write_text("ab")
     with pytest.raises(ValueError, match="too short"):
-        prepare("x", inputs=("short.txt",))
+        prepare("x", inputs=("short.txt",), overwrite=True)
     assert content("data/x") == before
 
 
@@ -190,22 +190,76 @@ def known_datasets(workplace, monkeypatch):
 def test_a_known_dataset_is_prepared_on_first_use(known_datasets):
     assert find_dataset("tiny").meta["source"] == "a test"
     meta = Path("data/tiny/meta.json")
-    meta.write_text(meta.read_text().replace('"char"', '"other"'))
-    with pytest.raises(ValueError, match=r"'other'.* prepare it again: python prepare.py tiny"):
-        find_dataset("tiny")
-
-
-def test_a_known_dataset_keeps_its_tokenizer(known_datasets):
+    meta.write_text(meta.read_text().replace('"a test"', '"the first"'))
+    assert find_dataset("tiny").meta["source"] == "the first"
     BPE.save("bpe.json")
-    for name, other, said in [
-        ("tiny", "bpe:258", "tokenizer='bpe:258': tiny goes with char; leave the key out"),
-        ("tiny", "bpe.json", "tokenizer='bpe.json': tiny goes with char; leave the key out"),
-        ("words", "bpe.json", "words goes with gpt2, and this would be bpe:300"),
-    ]:
-        with pytest.raises(ValueError, match=said):
-            prepare(name, tokenizer=other)
-    assert not Path("data").exists()
-    assert content(prepare("tiny", tokenizer="char")) == content(prepare("tiny"))
+    prepare("tiny", tokenizer="bpe.json", overwrite=True)
+    assert find_dataset("tiny").tokenizer == BPE
+
+
+# ------------------------------------------------------------------------------------------
+# Prepared before
+
+
+def test_the_same_preparation_is_done_once(texts_here, capsys):
+    before = content(prepare("x", inputs=("a.txt",)))
+    Path("data/x/train.bin").unlink()
+    capsys.readouterr()
+    prepare("x", inputs=("a.txt",))
+    assert re.fullmatch(
+        r"data/x is there already, .*--overwrite=true.*\n", capsys.readouterr().out
+    )
+    assert not Path("data/x/train.bin").exists()
+    assert content(prepare("x", inputs=("a.txt",), overwrite=True)) == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "differs"),
+    [
+        ({"inputs": ("b.txt",)}, "input is a.txt there and b.txt here; bytes is 18 there and 20"),
+        ({"tokenizer": "bpe:259"}, "tokenizer is char there and bpe:259 here"),
+        ({"val_fraction": 0.2}, r"val_fraction is 0\.1 there and 0\.2 here"),
+    ],
+)
+def test_another_dataset_of_the_same_name_is_not_replaced_unasked(asked, differs, texts_here):
+    """A person then trained on the wrong one."""
+    before = content(prepare("x", inputs=("a.txt",)))
+    asked = {"inputs": ("a.txt",)} | asked
+    with pytest.raises(ValueError, match=rf"another dataset \({differs}.*--overwrite=true"):
+        prepare("x", **asked)
+    assert content("data/x") == before
+    prepare("x", **asked, overwrite=True)
+    assert content("data/x") != before
+
+
+def test_a_text_that_has_grown_is_another(texts_here):
+    prepare("x", inputs=("a.txt",))
+    Path("a.txt").write_text("to be or not to be, that")
+    with pytest.raises(ValueError, match="bytes is 18 there and 24 here"):
+        prepare("x", inputs=("a.txt",))
+
+
+def test_a_dataset_from_before_tasks_is_one_of_the_causal_task(texts_here):
+    """And nobody knows what it was made with."""
+    meta = prepare("x", inputs=("a.txt",)) / "meta.json"
+    fields = json.loads(meta.read_text())
+    assert fields.pop("task") == open_dataset("x").meta["task"] == "causal"
+    del fields["made_with"]
+    meta.write_text(json.dumps(fields))
+    assert open_dataset("x").meta["task"] == "causal"
+    with pytest.raises(ValueError, match="input is unknown there and a"):
+        prepare("x", inputs=("a.txt",))
+
+
+@pytest.mark.parametrize("file", ["train.bin", "val.bin", "nanolm_tokenizer.json"])
+def test_a_file_of_the_same_size_and_other_content_is_found_by_the_check(file, texts_here):
+    path = prepare("x", inputs=("a.txt",)) / file
+    check_dataset("x")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"benort", b"tonber") if file.endswith("json") else data[::-1])
+    open_dataset("x")
+    with pytest.raises(ValueError, match=rf"{file} has changed since it was prepared"):
+        check_dataset("x")
 
 
 # ------------------------------------------------------------------------------------------
@@ -218,7 +272,7 @@ def test_a_killed_preparation_leaves_no_dataset_that_could_be_taken_for_one(
     """Killed at any rename, the folder opens as the old text, as the new one, or not at all."""
     replace, outcomes = os.replace, []
     for survived in range(20):
-        prepare("x", inputs=("a.txt",))
+        prepare("x", inputs=("a.txt",), overwrite=True)
         calls = iter(range(1000))
 
         def replace_until_killed(source, target, calls=calls, survived=survived):
@@ -228,7 +282,7 @@ def test_a_killed_preparation_leaves_no_dataset_that_could_be_taken_for_one(
 
         monkeypatch.setattr(os, "replace", replace_until_killed)
         try:
-            prepare("x", inputs=("b.txt",))
+            prepare("x", inputs=("b.txt",), overwrite=True)
             finished = True
         except KeyboardInterrupt:
             finished = False
@@ -246,16 +300,15 @@ def test_a_killed_preparation_leaves_no_dataset_that_could_be_taken_for_one(
 
 
 def start_prepare(*words: str) -> subprocess.Popen:
-    """prepare.py on a long text, by itself and two workers, in a process group of their own."""
+    """prepare.py on a long text."""
     Path("long.txt").write_text(TEXT * (10**7 // len(TEXT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
-    command = [ROOT / "prepare.py", "x", "--input=long.txt", "--processes=2", *words]
+    command = [ROOT / "prepare.py", "x", "--input=long.txt", *words]
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -263,31 +316,26 @@ def start_prepare(*words: str) -> subprocess.Popen:
 def test_a_real_kill_leaves_a_whole_dataset_or_none(seconds, texts_here):
     """And the next preparation works."""
     before = content(prepare("x", inputs=("a.txt",)))
-    process = start_prepare("--tokenizer=bpe:300")
+    process = start_prepare("--tokenizer=bpe:300", "--overwrite=true")
     time.sleep(seconds)
     process.kill()
     process.communicate(timeout=20)
     if Path("data/x/meta.json").exists():
         check_dataset("x")
-    assert content(prepare("x", inputs=("a.txt",))) == before
+    assert content(prepare("x", inputs=("a.txt",), overwrite=True)) == before
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
-@pytest.mark.parametrize(("written", "seconds"), [(0, 0.05), (0, 0.15), (1, 0)])
-def test_a_stop_is_one_line_and_leaves_no_dataset_and_no_process(
-    written, seconds, stop, workplace
-):
-    """While the workers start, and while they work. The terminal sends Ctrl-C to all of them."""
+def test_a_stop_while_threads_encode_is_one_line_and_leaves_no_dataset(stop, workplace):
     BPE.save("bpe.json")
     process, ids = start_prepare("--tokenizer=bpe.json"), Path("data/x/.partial/train.bin")
-    while not ids.exists() or ids.stat().st_size < written:
+    while not ids.exists() or not ids.stat().st_size:
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(seconds)
-    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
-    out, err = process.communicate(timeout=20)  # until no process holds their other ends
-    said = (process.returncode, out, err.strip())
-    assert said == (128 + stop, "", f"stopped by {stop.name}")
+    process.send_signal(stop)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, err.strip()) == (128 + stop, f"stopped by {stop.name}")
+    assert out == "preparing data/x from long.txt\n"
     assert not Path("data").exists()
 
 

@@ -5,7 +5,6 @@ import hashlib
 import socket
 import textwrap
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
@@ -16,7 +15,6 @@ from nanolm.runs.prepare import find_dataset, prepare
 from nanolm.text import known
 from nanolm.text.known import (
     KNOWN_DATASETS,
-    SHAKESPEARE_URL,
     docstrings,
     download,
     pydocs_documents,
@@ -251,11 +249,11 @@ def test_a_good_download_is_there(what, fetch, tmp_path):
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("wrong", "its sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"),
-        ("cut", f"{len(GOOD) // 2} of {len(GOOD)} bytes"),
-        ("cut-unannounced", f"{len(GOOD) // 2} of {len(GOOD)} bytes"),
-        ("empty", f"0 of {len(GOOD)} bytes"),
-        ("more", f"more of {len(GOOD)} bytes"),
+        ("wrong", "its sha256 differs"),
+        ("cut", f"{len(GOOD) // 2} "),
+        ("cut-unannounced", f"got {len(GOOD) // 2} bytes, expected {len(GOOD)}"),
+        ("empty", f"got 0 bytes, expected {len(GOOD)}"),
+        ("more", f"got {len(GOOD) + 1} bytes, expected {len(GOOD)}"),
         ("absent", "404"),
         ("nonsense", "this is no HTTP"),
         ("stall", "timed out"),
@@ -263,37 +261,18 @@ def test_a_good_download_is_there(what, fetch, tmp_path):
     ],
 )
 def test_a_bad_download_is_not_there_and_says_why(what, said, fetch, server, tmp_path):
-    (tmp_path / "new").mkdir()
     url = f"http://127.0.0.1:{server.server_port}/{what}"
     with pytest.raises(ValueError, match=said) as raised:
         fetch(what, timeout=0.2 if "stall" in what else 10)
     assert url in str(raised.value)
     assert f"put the file at {tmp_path / 'new' / 'input.txt'} yourself" in str(raised.value)
-    assert everything(tmp_path) == ["new"]
-
-
-def test_a_bad_download_leaves_no_folder(fetch, tmp_path):
-    with pytest.raises(ValueError, match="404"):
-        fetch("absent")
     assert everything(tmp_path) == []
 
 
 def test_a_download_without_end_is_ended(fetch, server, tmp_path):
-    (tmp_path / "new").mkdir()
-    with pytest.raises(ValueError, match="more of"):
+    with pytest.raises(ValueError, match=f"got {len(GOOD) + 1} bytes"):
         fetch("endless")
-    assert everything(tmp_path) == ["new"]
     assert server.sent < 2**26  # what the buffers between the two hold
-
-
-def test_nobody_listening_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # taken, and not listening
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/"
-        with pytest.raises(ValueError, match=url):
-            download(url, tmp_path / "a", size=1, sha256_wanted="", timeout=1)
-    assert everything(tmp_path) == []
 
 
 @pytest.fixture
@@ -312,15 +291,6 @@ def test_shakespeare_is_downloaded_once(small_shakespeare, server, tmp_path):
     assert everything(tmp_path) == ["input.txt"]
 
 
-def test_shakespeare_that_stalls_gives_up(small_shakespeare, server, tmp_path):
-    url = f"http://127.0.0.1:{server.server_port}/stall"
-    began = time.monotonic()
-    with pytest.raises(ValueError, match="timed out"):
-        tiny_shakespeare(tmp_path, url=url, timeout=0.2)
-    assert time.monotonic() - began < 4
-    assert everything(tmp_path) == []
-
-
 def test_a_file_put_there_is_used_without_any_network(small_shakespeare, tmp_path, monkeypatch):
     def no_network(*arguments, **options):
         raise AssertionError("the network is not needed")
@@ -335,10 +305,6 @@ def test_another_file_in_its_place_is_refused_and_kept(tmp_path):
     with pytest.raises(ValueError, match=r"input\.txt is not tiny Shakespeare .*delete it"):
         tiny_shakespeare(tmp_path)
     assert (tmp_path / "input.txt").read_bytes() == GOOD
-
-
-def test_shakespeare_comes_over_a_safe_connection():
-    assert SHAKESPEARE_URL.startswith("https://")
 
 
 def test_the_real_shakespeare_is_cut_as_nanogpt_cuts_it(test_data, workplace):

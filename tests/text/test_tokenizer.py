@@ -2,24 +2,20 @@
 
 import hashlib
 import json
+import re
 import unicodedata
 
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from nanolm.bpe import LONGEST_BLANK, N_BYTES, learn_merges_naive, split, tokens_of
+from nanolm.text.bpe_tokenizer import END_OF_TEXT, BPETokenizer
+from nanolm.text.char_tokenizer import CharTokenizer
 from nanolm.text.data import open_dataset
-from nanolm.text.tokenizer import (
-    END_OF_TEXT,
-    TOKENIZER_FILE,
-    BPETokenizer,
-    CharTokenizer,
-    load_tokenizer,
-    stream_text,
-)
+from nanolm.text.tokenizer import TOKENIZER_FILE, load_tokenizer, stream_text
 
 GPT4_SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
@@ -140,19 +136,14 @@ def test_white_space_is_encoded_apart_only_where_it_is_too_long():
     assert tokenizer.encode(blank + " the") == apart
 
 
-@every_bpe
-def test_a_batch_is_encoded_as_each_of_its_texts_is(tokenizer):
-    texts = [*CORPUS, *SPECIAL, "", "ab"] * 3
-    for allowed in [(), "all"]:
-        ids = [tokenizer.encode(text, allowed_special=allowed) for text in texts]
-        assert tokenizer.encode_batch(iter(texts), allowed_special=allowed) == ids
-
-
-@given(before=texts, half=st.characters(categories=["Cs"]), after=texts)
-def test_half_a_surrogate_pair_is_refused_with_its_place(before, half, after):
+@given(texts, st.text(st.characters(categories=["Cs"]), min_size=1, max_size=2), texts)
+@example("", "\ud83d\udc4d", "")
+def test_halves_of_surrogate_pairs_are_refused_with_their_place(before, halves, after):
+    """Also two that belong together: a pair was once called half a pair."""
+    said = f"^{re.escape(repr(halves))} at position {len(before)}: halves of surrogate pairs"
     for encode in (BPE_TOKENIZERS["GPT-2"].encode, BPE_TOKENIZERS["GPT-2"].encode_naive):
-        with pytest.raises(ValueError, match=rf"half a surrogate .* position {len(before)},"):
-            encode(before + half + after)
+        with pytest.raises(ValueError, match=said):
+            encode(before + halves + after)
 
 
 @every_bpe
@@ -279,11 +270,11 @@ def test_training_is_textbook_learning_from_the_pieces_of_the_texts(tokenizer):
     assert list(tokenizer.ranks) == tokens_of(merges)
 
 
-def test_training_depends_on_neither_the_order_of_the_texts_nor_the_number_of_processes():
-    """Each process gets a text whose words no other text has."""
-    texts = [f" {word} {word * 2}" * 200_000 for word in ["one", "two", "three"]]
+def test_training_does_not_depend_on_the_order_of_the_texts():
+    """Each has words that no other text has."""
+    texts = [f" {word} {word * 2}" * 9 for word in ["one", "two", "three"]]
     tokenizer = BPETokenizer.train(texts, 290)
-    assert BPETokenizer.train(reversed(texts), 290, processes=2) == tokenizer
+    assert BPETokenizer.train(reversed(texts), 290) == tokenizer
     assert all(len(tokenizer.encode(word)) == 1 for word in [" one", " two", " three"])
 
 
@@ -391,17 +382,14 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
     [
         *["", "{", "[]", "{}", "[" * 100_000, "\ud800"],
         *[{"format": 1, "kind": kind, "characters": "ab"} for kind in ("other", ["char"], "bpe")],
-        *[{"format": 1, "kind": "char", "characters": bad} for bad in (3, ["ab"], "\ud800")],
+        {"format": 1, "kind": "char", "characters": 3},
         {"format": 2, "kind": "char", "characters": "ab"},
         *[{key: GOOD[key] for key in GOOD if key != missing} for missing in GOOD],
         *[GOOD | {"pattern": pattern} for pattern in (3, None, [], "(", "(a)", "a*")],
-        *[GOOD | {"name": name} for name in (3, "a\nb")],
         *[GOOD | {"ranks": ranks} for ranks in (None, [], {}, list(BYTES), "ranks")],
         *[GOOD | {"ranks": BYTES | {"a": i}} for i in (0, -1, 97.0, "97", None, True)],
         *[GOOD | {"ranks": BYTES | new} for new in ({"ab": 258}, {"ab": 256}, {"\u0100": 257})],
         GOOD | {"ranks": {"ab": 0} | {chr(i): i for i in range(1, N_BYTES)}},  # no byte 0
-        *[GOOD | {"normal_form": form} for form in ("nfc", "", 3, ["NFC"])],
-        *[GOOD | {"end_token": token} for token in (3, ["x"], {"x": 256})],
         *[GOOD | {"special_tokens": names} for names in (["x"], {"x": 255}, {"": 256}, "x", 3)],
         GOOD | {"special_tokens": {"\ud800": 256}},
     ],

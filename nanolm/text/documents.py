@@ -1,0 +1,125 @@
+"""The documents in a file, in parts: for one may be larger than the memory.
+
+They are cut where a word ends and white space follows: no token of GPT-2's pattern, or of the
+usual others, reaches over such a place, and so the parts encode to what the whole would. (Only
+where a block has no such place at all is it cut at its end.)
+"""
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+JSON_LINES = ".jsonl"
+GZIP = ".gz"  # after another suffix
+BLOCK = 2**20  # bytes that are read at once, and characters of a part
+
+
+class Part(NamedTuple):
+    """Some text, and whether its document ends with it."""
+
+    text: str
+    last: bool
+
+
+def documents(texts: Iterable[str]) -> Iterator[Part]:
+    """Whole documents; empty ones are none."""
+    return (Part(text, True) for text in texts if text)
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says what is in a file: of a packed one, the suffix before .gz."""
+    return Path(path.name.lower().removesuffix(GZIP)).suffix
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked. Raises ValueError where that fails in the block."""
+    unpack = gzip.open if path.suffix.lower() == GZIP else open
+    try:
+        with unpack(path, "rb") as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: no sound gzip file ({error}); pack it again") from None
+
+
+def read_parts(path: Path, *, text_key: str = "text") -> Iterator[Part]:
+    """The documents of a file."""
+    with opened(path) as file:
+        if kind_of(path) == JSON_LINES:
+            yield from documents(line[text_key] for line in json_lines(file, path, text_key))
+        else:
+            yield from cut_document(decode_blocks(file, path))
+
+
+def read_text(path: Path) -> str:
+    """A whole file as text, line ends as they are. Raises ValueError where it is not UTF-8."""
+    with opened(path) as file:
+        return "".join(decode_blocks(file, path))
+
+
+def decode_blocks(file: IO[bytes], name: object) -> Iterator[str]:
+    """The text of a file, block by block, without a byte order mark.
+
+    Raises ValueError where it is not UTF-8.
+    """
+    decoder, end = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    while True:
+        block = file.read(BLOCK)
+        end += len(block)
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}: not UTF-8 at byte {end - len(error.object) + error.start} "
+                f"(0x{error.object[error.start]:02x}); convert the file to UTF-8, or leave it out"
+            ) from None
+        if not block:
+            return
+
+
+def cut_document(blocks: Iterable[str]) -> Iterator[Part]:
+    """A document in parts of about a block, each cut where a word ends."""
+    text, begun = "", False
+    for block in blocks:
+        text += block
+        if len(text) >= BLOCK:
+            cut = end_of_a_word(text)
+            yield Part(text[:cut], False)
+            text, begun = text[cut:], True
+    if text or begun:
+        yield Part(text, True)
+
+
+def end_of_a_word(text: str) -> int:
+    """Where the last word ends that white space follows; the end of the text, where none does."""
+    for i in range(len(text) - 1, 0, -1):
+        if text[i].isspace() and text[i - 1].isalnum():
+            return i
+    return len(text)
+
+
+def json_lines(file: Iterable[bytes], name: object, text_key: str) -> Iterator[dict]:
+    """The JSON object of each line. Raises ValueError for one without a string under text_key."""
+    for number, line in enumerate(file, start=1):
+        if line.isspace():
+            continue
+        record = None
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+            record[text_key].encode()  # JSON can spell half a surrogate pair: no character
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            keys = (
+                f"; here are {', '.join(record)}: choose by --text_key"
+                if isinstance(record, dict)
+                else ""
+            )
+            raise ValueError(
+                f'{name}, line {number}: each line must be a JSON object whose key "{text_key}" '
+                f"holds a string{keys}"
+            ) from None
+        yield record
