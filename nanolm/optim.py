@@ -29,13 +29,19 @@ def parameter_groups(
 ) -> list[dict]:
     """Two groups: matrices, which decay, and vectors (biases and norm weights), which do not.
 
-    For Muon the matrices inside the blocks are a third one, "hidden": an embedding is no map from
-    vectors to vectors, but a table.
+    For Muon the hidden matrices are a third one: all but the embeddings, which are tables and no
+    maps from vectors to vectors, and those of model.head, whose outputs are no hidden channels.
     """
+    outer = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outer = {p for module in (*outer, model.head) for p in module.parameters()}
     vectors, matrices, hidden = [], [], []
-    for name, p in model.named_parameters():
-        inside = optimizer == "muon" and name.startswith("blocks.")
-        (vectors if p.dim() < 2 else hidden if inside else matrices).append(p)
+    for p in model.parameters():
+        if p.dim() < 2:
+            vectors.append(p)
+        elif optimizer == "muon" and p not in outer:
+            hidden.append(p)
+        else:
+            matrices.append(p)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -66,9 +72,8 @@ def adam_direction(p: Tensor, memory: dict, betas: tuple[float, float]) -> Tenso
     memory["step"] += 1
     m = memory["exp_avg"].lerp_(p.grad, 1 - betas[0])
     v = memory["exp_avg_sq"].lerp_(p.grad.square(), 1 - betas[1])
-    m_hat, v_hat = (
-        x / (1 - beta ** memory["step"]) for x, beta in zip((m, v), betas, strict=True)
-    )
+    m_hat = m / (1 - betas[0] ** memory["step"])
+    v_hat = v / (1 - betas[1] ** memory["step"])
     return m_hat / (v_hat.sqrt() + 1e-8)
 
 
@@ -152,17 +157,12 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     0.68 and 1.14 in five steps; smaller ones grow to 3.4 times their size in each.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    length = matrices.norm(dim=(1, 2), keepdim=True)
+    x = matrices / length.clamp(min=1e-7)  # a gradient may be 0
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
-
-
-def memory_names(optimizer: str, group: dict) -> set[str]:
-    """What an optimizer of OPTIMIZERS remembers of each parameter of the group."""
-    one = optimizer == "sgd" or group.get("hidden")
-    return {"momentum_buffer"} if one else {"step", "exp_avg", "exp_avg_sq"}
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": Muon, "lamb": Lamb, "sgd": sgd}
