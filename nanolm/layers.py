@@ -212,6 +212,10 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
+    def residual_writers(self) -> tuple[nn.Linear, ...]:
+        """The layers whose output is added to the residual stream; they start smaller."""
+        return self.attn.out, self.mlp.down
+
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
     ) -> Tensor:

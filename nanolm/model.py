@@ -82,13 +82,13 @@ class GPT(nn.Module):
 def init_weights(model: GPT) -> None:
     """Draw the weights as GPT-2 does: normal, std 0.02; biases 0; norms 1 (Radford et al. 2019).
 
-    The layers that write into the residual stream start smaller, by 1 / sqrt(2 n_layer), so that
-    the sum of all blocks starts with the variance of one.
+    The n layers that write into the residual stream start smaller, by 1 / sqrt(n), so that the sum
+    of all of them starts with the variance of one.
     """
-    for name, module in model.named_modules():
+    writers = {layer for block in model.blocks for layer in block.residual_writers()}
+    for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            writes_residual = name.endswith(("attn.out", "mlp.down"))
-            std = 0.02 / math.sqrt(2 * model.config.n_layer) if writes_residual else 0.02
+            std = 0.02 / math.sqrt(len(writers)) if module in writers else 0.02
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
