@@ -16,7 +16,7 @@ from nanolm.layers import require_at_least
 from nanolm.precision import Engine, Hardware, choose_device, choose_engine, find_hardware
 from nanolm.runs.folder import newest_run
 from nanolm.runs.load import load_model
-from nanolm.sampling import check_knobs, until
+from nanolm.sampling import check_generation_options, until
 from nanolm.system.config import load_config
 from nanolm.system.script import run_script
 from nanolm.tasks.causal import CausalTask
@@ -44,7 +44,7 @@ class SampleConfig:
 
     def __post_init__(self):
         require_at_least(self, 1, "num_samples batch_size")
-        check_knobs(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+        check_generation_options(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
 
 
 def read_prompt(start: str) -> str:
@@ -89,12 +89,12 @@ def main(arguments: list[str]) -> None:
     tokenizer.encode(prompt, allowed_special="all")  # wrong characters show before the first line
     print(f"sampling from {origin}, {engine.device} {engine.dtype}", file=sys.stderr)
     keys = ("max_new_tokens", "temperature", "top_k", "top_p")
-    knobs = {key: getattr(config, key) for key in keys}
-    knobs["generator"] = torch.Generator(engine.device).manual_seed(config.seed)
+    options = {key: getattr(config, key) for key in keys}
+    options["generator"] = torch.Generator(engine.device).manual_seed(config.seed)
     with engine.autocast():
         for first in range(0, config.num_samples, config.batch_size):
             n = min(config.batch_size, config.num_samples - first)
-            for pieces in CausalTask.answer(model, tokenizer, prompt, n=n, **knobs):
+            for pieces in CausalTask.answer(model, tokenizer, prompt, n=n, **options):
                 print(prompt, end="", flush=True)
                 for piece in until(pieces, config.stop):
                     print(piece, end="", flush=True)

@@ -1,7 +1,7 @@
 """Sampling: from logits to the next token, and from a model to a stream of tokens.
 
 A model gives a distribution over the next token; drawing from it, appending the token and asking
-again writes text. Three knobs shape the distribution first. A temperature divides the logits:
+again writes text. Three options shape the distribution first. A temperature divides the logits:
 below 1 the likely becomes likelier, and 0 takes the most likely token always. Top-k keeps the k
 most likely tokens (Fan et al. 2018). Top-p keeps the smallest set of most likely tokens whose
 probabilities reach p (Holtzman et al. 2020).
@@ -38,7 +38,7 @@ def keep_top_p(logits: Tensor, p: float | None) -> Tensor:
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # of all the likelier ones
     dropped = before >= p
-    dropped[..., 0] = False
+    dropped[..., 0] = False  # also where p is so small that it is 0 in the logits' precision
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 
@@ -51,7 +51,7 @@ def sample_next(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw a token for each row: logits (B, V) -> ids (B,). Temperature 0: the largest logit."""
-    if temperature < torch.finfo(torch.float32).tiny:
+    if temperature < torch.finfo(torch.float32).tiny:  # there is no dividing by it in fp32
         return logits.argmax(dim=-1)
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that no quotient overflows
     logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
@@ -73,11 +73,11 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue the prompts ids, (B, T) with T >= 1: yields the next token of each row, (B,).
 
-    Of a prompt longer than the model's context, its end counts.
-    A row that has drawn one of stop_ids repeats it; the stream ends when all rows have, or after
-    max_new_tokens. The model should be in eval mode. Raises ValueError for knobs out of range.
+    Of a prompt longer than the model's context, its end counts. A row that has drawn one of
+    stop_ids repeats it; the stream ends when all rows have, or after max_new_tokens. The model
+    should be in eval mode. Raises ValueError for options out of range.
     """
-    check_knobs(max_new_tokens, temperature, top_k, top_p)
+    check_generation_options(max_new_tokens, temperature, top_k, top_p)
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one token to start from")
     stop = torch.tensor(list(stop_ids), device=ids.device)
@@ -85,10 +85,7 @@ def generate(
     block_size = model.config.block_size
     context = ids[:, -block_size:]
     room = min(block_size, context.shape[1] + max_new_tokens)
-    cache, unread = (
-        model.new_cache(room),
-        context,
-    )  # unread: the end of the context, not yet cached
+    cache, unread = model.new_cache(room), context  # unread: its end, which is not yet cached
     for _ in range(max_new_tokens):
         if context.shape[1] > block_size:
             context = context[:, -max(1, block_size // 2) :]
@@ -107,10 +104,10 @@ def generate(
         context = torch.cat((context, unread), dim=1)
 
 
-def check_knobs(
+def check_generation_options(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    """Raise ValueError for a knob of generate that is out of range."""
+    """Raise ValueError for an option of generate that is out of range."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: must be at least 0")
     if top_k is not None and top_k < 0:

@@ -77,15 +77,15 @@ class CausalTask:
         *,
         n: int = 1,
         generator: torch.Generator | None = None,
-        **knobs: float | None,
+        **options: float | None,
     ) -> list[Iterator[str]]:
         """n ways in which the model continues the text, drawn side by side, each in pieces.
 
-        Without a text, it begins one. A way ends with its document. knobs: those of generate.
+        Without a text, it begins one. A way ends with its document. options: those of generate.
         """
         ids = encode_prompt(tokenizer, text) if text else opening(tokenizer)
         prompt = torch.tensor([ids], device=model.head.weight.device).expand(n, -1)
-        rows = rows_of(generate(model, prompt, **knobs, generator=generator), n)
+        rows = rows_of(generate(model, prompt, **options, generator=generator), n)
         end = tokenizer.end_of_text
         return [stream_text(tokenizer, takewhile(lambda i: i != end, row)) for row in rows]
 
