@@ -149,8 +149,7 @@ class MultiHeadAttention(nn.Module):
 
     n_kv_head key/value heads serve n_head query heads. qk_norm makes the norm of every query, and
     that of every key, before the rotation (Henry et al. 2020; the layout is Qwen3's): an RMSNorm
-    bounds the scores. dropout falls on the weights while training; the caller drops the
-    output.
+    bounds the scores. dropout falls on the weights while training; the caller drops the output.
     """
 
     def __init__(

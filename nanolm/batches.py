@@ -51,9 +51,8 @@ def training_batch(
     n = windows_per_epoch(len(tokens), block_size)
     numbers = range(index * batch_size, (index + 1) * batch_size)
     starts = [epoch_starts(len(tokens), block_size, seed, i // n)[i % n] for i in numbers]
-    windows = tokens[np.add.outer(starts, np.arange(block_size + 1))].astype(
-        np.int64
-    )  # (B, T + 1)
+    places = np.add.outer(starts, np.arange(block_size + 1))
+    windows = tokens[places].astype(np.int64)  # (B, T + 1)
     return {"ids": windows[:, :-1], "targets": windows[:, 1:]}
 
 
