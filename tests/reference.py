@@ -10,11 +10,28 @@ import math
 import numpy as np
 
 
-def close(a, b, tol=1e-5):
-    """Whether max|a - b| <= tol * max(1, max|b|), for arrays or tensors of one shape."""
-    a, b = (np.asarray(x.detach().double() if hasattr(x, "detach") else x, float) for x in (a, b))
-    gap = np.abs(a - b).max(initial=0) if a.shape == b.shape else math.inf
-    return bool(gap <= tol * max(1.0, np.abs(b).max(initial=0)))
+class Formulas(dict):
+    """Formulas by the name of a choice; one without a formula is not compared with another's."""
+
+    def __missing__(self, name):
+        raise LookupError(f"no formula for {name!r}: add it to tests/reference.py")
+
+
+def assert_close(found, formula, tol=1e-5):
+    """Fail where |found - formula| > tol max(1, max|formula|), and say where it is worst."""
+    __tracebackhide__ = True
+    found, formula = (
+        np.asarray(x.detach().double() if hasattr(x, "detach") else x, float)
+        for x in (found, formula)
+    )
+    assert found.shape == formula.shape, f"shape {found.shape}, formula {formula.shape}"
+    gaps = np.nan_to_num(np.abs(found - formula), nan=math.inf)
+    worst = tuple(map(int, np.unravel_index(gaps.argmax(), gaps.shape)))
+    allowed = tol * max(1.0, np.abs(formula).max())
+    assert gaps[worst] <= allowed, (
+        f"largest difference {gaps[worst]:.2g} at {worst}: {found[worst]:.6g}, "
+        f"formula {formula[worst]:.6g} (allowed {allowed:.0e})"
+    )
 
 
 # Functions of the channels
@@ -58,14 +75,30 @@ def linear(x, weight, bias=0.0):
     return np.einsum("...i,oi->...o", x, weight) + bias
 
 
-def swiglu(x, gate, up, down, gate_bias=0.0, up_bias=0.0, down_bias=0.0):
-    """down(silu(gate x) * up x) (Shazeer 2020, eq. 6)."""
-    return linear(silu(linear(x, gate, gate_bias)) * linear(x, up, up_bias), down, down_bias)
+def relu2(x):
+    """max(0, x)^2 (So et al. 2021, section 4.2)."""
+    return np.maximum(0, x) ** 2
 
 
-def relu2(x, up, down, up_bias=0.0, down_bias=0.0):
-    """down(max(0, up x)^2) (So et al. 2021, section 4.2)."""
-    return linear(np.maximum(0, linear(x, up, up_bias)) ** 2, down, down_bias)
+# A norm takes x, its weights by name, and eps.
+NORMS = Formulas(
+    layer=lambda x, params, eps: layer_norm(x, params["weight"], params.get("bias"), eps),
+    rms=lambda x, params, eps: rms_norm(x, params["weight"], eps),
+)
+
+# The activation of an MLP, and whether it has a gate.
+MLPS = Formulas(gelu=(gelu_tanh, False), swiglu=(silu, True), relu2=(relu2, False))
+
+
+def mlp(x, params, kind):
+    """down(f(up x)); with a gate down(f(gate x) * up x) (Shazeer 2020, eq. 6)."""
+    activation, gated = MLPS[kind]
+
+    def layer(name, x):
+        return linear(x, params[f"{name}.weight"], params.get(f"{name}.bias", 0.0))
+
+    up = layer("up", x)
+    return layer("down", activation(layer("gate", x)) * up if gated else activation(up))
 
 
 # Positions
@@ -91,6 +124,14 @@ def rotary(x, positions, theta):
     turn = np.outer(positions, [theta ** (-i / half) for i in range(half)])
     z = z * np.exp(1j * turn)
     return np.concatenate((z.real, z.imag), axis=-1)
+
+
+# What is added to the embeddings of T tokens with C channels.
+POSITIONS = Formulas(
+    learned=lambda params, T, C: params["positions.weight"][:T],
+    sinusoidal=lambda params, T, C: sinusoids(T, C),
+    rotary=lambda params, T, C: 0.0,  # they are inside attention
+)
 
 
 # Attention
@@ -153,18 +194,6 @@ def multi_head_attention(
 # The whole model
 
 
-def mlp(x, params, kind):
-    """The MLP of one block, by its name in the config; params: weights by name."""
-    up, down = params["up.weight"], params["down.weight"]
-    up_bias, down_bias = params.get("up.bias", 0.0), params.get("down.bias", 0.0)
-    if kind == "gelu":
-        return linear(gelu_tanh(linear(x, up, up_bias)), down, down_bias)
-    if kind == "relu2":
-        return relu2(x, up, down, up_bias, down_bias)
-    gate_bias = params.get("gate.bias", 0.0)
-    return swiglu(x, params["gate.weight"], up, down, gate_bias, up_bias, down_bias)
-
-
 def gpt_forward(params, config, ids):
     """Logits (B, T, V) of ids (B, T): x += attention(norm x); x += mlp(norm x); head(norm x).
 
@@ -176,18 +205,10 @@ def gpt_forward(params, config, ids):
         return {n.removeprefix(start): w for n, w in params.items() if n.startswith(start)}
 
     def norm(x, name):
-        weight = params[f"{name}.weight"]
-        if config.norm == "rms":
-            return rms_norm(x, weight, config.norm_eps)
-        bias = params[f"{name}.bias"] if config.bias else None
-        return layer_norm(x, weight, bias, config.norm_eps)
+        return NORMS[config.norm](x, below(name), config.norm_eps)
 
-    T = ids.shape[1]
     x = params["tokens.weight"][ids]
-    if config.position == "learned":
-        x = x + params["positions.weight"][:T]
-    if config.position == "sinusoidal":
-        x = x + sinusoids(T, config.n_embd)
+    x = x + POSITIONS[config.position](params, *x.shape[1:])
     for i in range(config.n_layer):
         x = x + multi_head_attention(
             norm(x, f"blocks.{i}.attn_norm"),
@@ -259,6 +280,9 @@ def muon(w, g, m, v, step, *, lr, betas, weight_decay):
     return w - lr * (weight_decay * w + length * (u * s) @ vt), m, v
 
 
+OPTIMIZERS = Formulas(adamw=adamw, lamb=lamb, sgd=sgd, muon=muon)
+
+
 def clip(grads, max_norm):
     """g max_norm / |g| where |g| > max_norm (Pascanu et al. 2013, alg. 1). Returns g, old |g|."""
     norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
@@ -266,31 +290,30 @@ def clip(grads, max_norm):
     return [g * factor for g in grads], norm
 
 
-def cosine_schedule(step, peak, floor, warmup, decay):
-    """floor + (peak - floor) (1 + cos(pi progress)) / 2 (Loshchilov & Hutter 2017, eq. 5).
+def cosine(step, warmup_iters, decay_iters, cooldown_iters):
+    """(1 + cos(pi progress)) / 2, progress from 0 to 1 (Loshchilov & Hutter 2017, eq. 5)."""
+    return (1 + math.cos(math.pi * (step - warmup_iters) / (decay_iters - warmup_iters))) / 2
 
-    Before: peak (step + 1) / (warmup + 1). progress runs from 0 at warmup to 1 at decay.
+
+def trapezoid(step, warmup_iters, decay_iters, cooldown_iters):
+    """1, and a straight line to 0 over the last cooldown steps (Hägele et al. 2024, section 3).
+
+    A cooldown that would begin inside the warm-up begins after it.
     """
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    if step >= decay:
+    start = max(warmup_iters, decay_iters - cooldown_iters)
+    return 1.0 if step <= start else 1 - (step - start) / (decay_iters - start)
+
+
+SCHEDULES = Formulas(cosine=cosine, trapezoid=trapezoid)
+
+
+def learning_rate(step, schedule, peak, floor, **iters):
+    """peak (step + 1) / (warmup + 1) before warmup, floor from decay on, the schedule between."""
+    if step < iters["warmup_iters"]:
+        return peak * (step + 1) / (iters["warmup_iters"] + 1)
+    if step >= iters["decay_iters"]:
         return floor
-    return (
-        floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (decay - warmup))) / 2
-    )
-
-
-def trapezoid_schedule(step, peak, floor, warmup, decay, cooldown):
-    """Warm-up, peak, and a straight line to floor over the last cooldown steps before decay.
-
-    Hägele et al. 2024, section 3. A cooldown that would begin inside the warm-up begins after it.
-    """
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    if step >= decay:
-        return floor
-    start = max(warmup, decay - cooldown)
-    return peak if step <= start else peak + (floor - peak) * (step - start) / (decay - start)
+    return floor + (peak - floor) * SCHEDULES[schedule](step, **iters)
 
 
 # Sampling
@@ -316,3 +339,12 @@ def top_p(logits, p):
         if total >= p:
             break
     return kept
+
+
+def next_token(logits, temperature, k, p):
+    """The distribution that is drawn from: temperature, then top-k, then top-p of what is left."""
+    logits = np.asarray(logits, float) / temperature
+    for kept in (lambda z: top_k(z, k), lambda z: top_p(z, p)):
+        stays = kept(logits)
+        logits = np.array([z if i in stays else -math.inf for i, z in enumerate(logits)])
+    return softmax(logits)

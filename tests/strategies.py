@@ -5,13 +5,14 @@ chance. Numbers come from a drawn seed, which is faster than drawing each one an
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
 
-from nanolm.layers import ModelConfig
+from nanolm.layers import MLPS, NORMS, POSITIONS, ModelConfig
 from nanolm.model import GPT
 
 seeds = st.integers(0, 2**32 - 1)
@@ -25,7 +26,7 @@ head_counts = st.sampled_from([(1, 1), (3, 3), (5, 1), (4, 2), (6, 3)])
 def model_configs(draw, **fixed):
     """A small ModelConfig over all choices, without dropout; fixed: keys that are not drawn."""
     n_head, n_kv_head = draw(head_counts)
-    position = draw(st.sampled_from(["learned", "sinusoidal", "rotary"]))
+    position = draw(st.sampled_from(POSITIONS))
     derived = draw(st.booleans())  # the sizes that may be left to the config
     even = position == "rotary" or fixed.get("position") == "rotary"
     keys = {
@@ -38,26 +39,34 @@ def model_configs(draw, **fixed):
         "head_size": None if derived else draw(st.sampled_from([4, 6] if even else [2, 3])),
         "n_hidden": None if derived else draw(st.sampled_from([23, 29])),
         "bias": draw(st.booleans()),
-        "norm": draw(st.sampled_from(["layer", "rms"])),
+        "norm": draw(st.sampled_from(list(NORMS))),
         "norm_eps": draw(st.sampled_from([1e-5, 0.1])),  # 0.1: a forgotten one is seen
         "position": position,
         "rope_theta": draw(st.sampled_from([10.0, 100.0])),
-        "mlp": draw(st.sampled_from(["gelu", "swiglu", "relu2"])),
+        "mlp": draw(st.sampled_from(list(MLPS))),
         "qk_norm": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()),
     }
     return ModelConfig(**keys | fixed)
 
 
-@st.composite
-def attention_inputs(draw, causal=None):
-    """Arguments of attention: (q, k, v, options), float64 arrays; every query sees some key.
+class Drawn(SimpleNamespace):
+    """What was drawn for one example; a failure prints the shapes of arrays, not the numbers."""
 
-    options: causal (drawn where it is None) and mask, None or booleans that broadcast.
+    def __repr__(self):
+        shown = {name: getattr(value, "shape", value) for name, value in vars(self).items()}
+        return f"Drawn({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+@st.composite
+def attention_inputs(draw):
+    """q, k, v as float64 arrays, causal, and mask (None or booleans that broadcast).
+
+    Every query sees some key.
     """
     n_head, n_kv_head = draw(head_counts)
     B, hs, T = 2, draw(st.sampled_from([1, 5, 8])), draw(st.sampled_from([1, 3, 7]))
-    causal = draw(st.booleans()) if causal is None else causal
+    causal = draw(st.booleans())
     S = draw(st.sampled_from([T, 11, 13] if causal else [1, T, 11, 13]))
     random = np.random.default_rng(draw(seeds))
     q = random.normal(size=(B, n_head, T, hs)) * 2
@@ -68,7 +77,7 @@ def attention_inputs(draw, causal=None):
         mask = random.random((*leading, T, S)) < 0.5
         own = (np.arange(T) + S - T) % S  # with causal: the key at the query's own position
         mask[..., np.arange(T), own] = True
-    return q, k, v, {"causal": causal, "mask": mask}
+    return Drawn(q=q, k=k, v=v, causal=causal, mask=mask)
 
 
 def to_torch(*arrays, dtype=torch.float64):

@@ -1,12 +1,15 @@
 """Laws of the loss: the formula, and its twin that never holds all logits."""
 
+import dataclasses
+import inspect
+
 import numpy as np
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import close
+from reference import assert_close
 from strategies import seeds, torch_seeded
 
 from nanolm import loss as chapter
@@ -15,7 +18,9 @@ from nanolm.loss import cross_entropy, projected_cross_entropy
 from nanolm.model import GPT
 
 V, C = 17, 5
+WIDE = ModelConfig(vocab_size=1009, block_size=31, n_layer=1, n_head=1, n_embd=4)
 SHARES = st.sampled_from([0.0, 0.5, 0.9, 1.0])  # of targets that are ignored
+OPTIONS = st.fixed_dictionaries({})  # the options that both forms of the loss take, drawn below
 CHUNKS = st.sampled_from([1, V, 3 * V, 7 * V + 2, 22 * V - 1])  # of 22 rows of V logits
 
 
@@ -33,13 +38,13 @@ def random_ends(seed: int, dtype=torch.float64) -> tuple[torch.Tensor, torch.Ten
     return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
 
 
-@given(seeds, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([1.0, 100.0]))
+@given(seeds, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([1.0, 100.0]), OPTIONS)
 @settings(deadline=None, max_examples=20)
-def test_cross_entropy_is_its_formula(seed, ignored, scale):
+def test_cross_entropy_is_its_formula(seed, ignored, scale, options):
     logits = np.random.default_rng(seed).normal(size=(2, 11, V)) * scale
     targets = random_targets(seed, ignored)
-    loss = cross_entropy(torch.from_numpy(logits), targets)
-    assert close(loss, reference.cross_entropy(logits, targets.numpy()), 1e-12)
+    loss = cross_entropy(torch.from_numpy(logits), targets, **options)
+    assert_close(loss, reference.cross_entropy(logits, targets.numpy(), **options), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -58,35 +63,52 @@ def test_the_softmax_of_half_precision_logits_is_computed_in_fp32(dtype):
     targets = torch.tensor([[0, 7, -1], [4999, -1, 3]])
     loss = cross_entropy(logits, targets)
     assert loss.dtype == torch.float32
-    assert close(loss, reference.cross_entropy(logits.double().numpy(), targets.numpy()))
+    assert_close(loss, reference.cross_entropy(logits.double().numpy(), targets.numpy()))
 
 
 # In chunks
 
 
-@given(seeds, SHARES, CHUNKS)
+@given(OPTIONS)
+@settings(max_examples=1)
+def test_both_forms_of_the_loss_take_the_same_options_and_all_are_drawn_here(options):
+    """Label smoothing in one of them alone would act on small models, and on no large one."""
+
+    def names(form, *others):
+        return set(inspect.signature(form).parameters) - set(others)
+
+    plain = names(cross_entropy, "logits", "targets")
+    assert plain == names(projected_cross_entropy, "x", "weight", "targets", "chunk")
+    assert plain == set(options)
+
+
+@given(seeds, SHARES, CHUNKS, OPTIONS)
 @settings(deadline=None, max_examples=40)
-def test_the_loss_in_chunks_is_the_formula_of_all_logits(seed, ignored, chunk):
+def test_the_loss_in_chunks_is_the_formula_of_all_logits(seed, ignored, chunk, options):
     x, weight = random_ends(seed)
     targets = random_targets(seed, ignored)
-    expected = reference.cross_entropy((x @ weight.T).detach().numpy(), targets.numpy())
-    assert close(projected_cross_entropy(x, weight, targets, chunk), expected, 1e-12)
-    with torch.no_grad():
-        assert close(projected_cross_entropy(x, weight, targets, chunk), expected, 1e-12)
+    logits = (x @ weight.T).detach().numpy()
+    expected = reference.cross_entropy(logits, targets.numpy(), **options)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            found = projected_cross_entropy(x, weight, targets, chunk, **options)
+        assert_close(found, expected, 1e-12)
 
 
-@given(seeds, SHARES, CHUNKS, st.sampled_from([(True, True), (True, False), (False, True)]))
+@given(
+    seeds, SHARES, CHUNKS, OPTIONS, st.sampled_from([(True, True), (True, False), (False, True)])
+)
 @settings(deadline=None, max_examples=40)
-def test_the_gradients_in_chunks_are_those_of_all_logits(seed, ignored, chunk, wanted):
+def test_the_gradients_in_chunks_are_those_of_all_logits(seed, ignored, chunk, options, wanted):
     """Whichever of the two is asked for, and whatever the loss is multiplied by afterwards."""
     ends, targets = random_ends(seed), random_targets(seed, ignored)
     for end, needed in zip(ends, wanted, strict=True):
         end.requires_grad_(needed)
     asked = [end for end in ends if end.requires_grad]
-    whole = torch.autograd.grad(cross_entropy(ends[0] @ ends[1].T, targets) * -0.7, asked)
-    parts = torch.autograd.grad(projected_cross_entropy(*ends, targets, chunk) * -0.7, asked)
-    for a, b in zip(parts, whole, strict=True):
-        assert close(a, b.numpy(), 1e-12)
+    whole = cross_entropy(ends[0] @ ends[1].T, targets, **options) * -0.7
+    parts = projected_cross_entropy(*ends, targets, chunk, **options) * -0.7
+    for a, b in zip(*(torch.autograd.grad(loss, asked) for loss in (parts, whole)), strict=True):
+        assert_close(a, b, 1e-12)
 
 
 def test_rare_tokens_keep_their_gradient_in_float16():
@@ -95,9 +117,8 @@ def test_rare_tokens_keep_their_gradient_in_float16():
     A chunk makes its gradients before it can know the scale.
     """
     random = torch_seeded(0)
-    x, weight = (
-        torch.randn(shape, generator=random) * 0.3 for shape in ((8, 512, 16), (5003, 16))
-    )
+    x = torch.randn(8, 512, 16, generator=random) * 0.3
+    weight = torch.randn(5003, 16, generator=random) * 0.3
     targets = torch.randint(100, (8, 512), generator=random)  # the other tokens never come
     gradients = []
     for enabled in (False, True):
@@ -117,12 +138,12 @@ def test_chunks_follow_autocast_and_sum_up_in_fp32(dtype):
         whole = cross_entropy(torch.nn.functional.linear(x, weight), targets)
         parts = projected_cross_entropy(x, weight, targets, 4 * V)
     assert parts.dtype == torch.float32
-    assert close(parts, whole.detach().numpy(), 1e-6)
+    assert_close(parts, whole, 1e-6)
     for a, b in zip(
         *(torch.autograd.grad(loss, (x, weight)) for loss in (parts, whole)), strict=True
     ):
         assert a.dtype == torch.float32
-        assert close(a, b.numpy(), 2 * torch.finfo(dtype).eps)
+        assert_close(a, b, 2 * torch.finfo(dtype).eps)
 
 
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
@@ -159,16 +180,8 @@ class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_a_model_trains_without_ever_holding_its_logits(monkeypatch, tie_embeddings):
     """And to the same gradients as with them."""
-    config = ModelConfig(
-        vocab_size=1009,
-        block_size=31,
-        n_layer=1,
-        n_head=1,
-        n_embd=4,
-        tie_embeddings=tie_embeddings,
-    )
     torch.manual_seed(0)
-    model = GPT(config)
+    model = GPT(dataclasses.replace(WIDE, tie_embeddings=tie_embeddings))
     ids = torch.randint(1009, (3, 32))
     ids, targets = ids[:, :-1], ids[:, 1:]
     gradients, largest = [], []
@@ -182,7 +195,7 @@ def test_a_model_trains_without_ever_holding_its_logits(monkeypatch, tie_embeddi
     assert largest[0] == 3 * 31 * 1009
     assert largest[1] <= 2**13
     for a, b in zip(*gradients, strict=True):
-        assert close(a, b.numpy(), 1e-6)
+        assert_close(a, b, 1e-6)
 
 
 @pytest.mark.long
@@ -191,7 +204,7 @@ def test_a_model_trains_without_ever_holding_its_logits(monkeypatch, tie_embeddi
 def test_a_compiled_model_has_the_same_loss_and_gradients_in_chunks(monkeypatch, dtype):
     monkeypatch.setitem(chapter.CHUNK, "cpu", 2**13)
     torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=1009, block_size=31, n_layer=1, n_head=1, n_embd=4))
+    model = GPT(WIDE)
     ids = torch.randint(1009, (3, 32))
     found = []
     for forward in (model, torch.compile(model, fullgraph=True)):
@@ -201,4 +214,4 @@ def test_a_compiled_model_has_the_same_loss_and_gradients_in_chunks(monkeypatch,
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
         model.zero_grad()
     for a, b in zip(*found, strict=True):
-        assert close(a, b.numpy(), 1e-5 if dtype == torch.float32 else 1e-2)
+        assert_close(a, b, 1e-5 if dtype == torch.float32 else 1e-2)

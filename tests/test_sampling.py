@@ -8,8 +8,9 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import assert_close
 
-from nanolm.layers import ModelConfig
+from nanolm.layers import POSITIONS, ModelConfig
 from nanolm.model import GPT
 from nanolm.sampling import generate, keep_top_k, keep_top_p, sample_next, until
 
@@ -49,10 +50,11 @@ def test_top_k_keeps_the_k_largest(row, k):
 
 
 @given(logit_rows)
-def test_top_k_of_none_or_zero_keeps_all(row):
+def test_without_a_choice_all_tokens_are_kept(row):
     logits = torch.tensor(row)
-    assert torch.equal(keep_top_k(logits, None), logits)
-    assert torch.equal(keep_top_k(logits, 0), logits)
+    for all_of_them in (keep_top_k(logits, None), keep_top_k(logits, 0), keep_top_p(logits, None)):
+        assert torch.equal(all_of_them, logits)
+    assert torch.equal(keep_top_p(logits, 1.0), logits)
 
 
 @given(logit_rows, st.floats(0.001, 0.999))
@@ -67,32 +69,47 @@ def test_top_p_keeps_the_smallest_set_that_is_enough(row, p):
     assert len(found) == 1 or sum(probabilities[i] for i in found - {least}) < p + 1e-12
 
 
-@given(logit_rows)
-def test_top_p_of_none_or_one_keeps_all(row):
-    logits = torch.tensor(row)
-    assert torch.equal(keep_top_p(logits, None), logits)
-    assert torch.equal(keep_top_p(logits, 1.0), logits)
+@given(st.sampled_from([2, 4, 8]), st.data())
+def test_top_p_keeps_no_more_than_reach_it_exactly(vocabulary, data):
+    """Of equal tokens, each as likely as 1/4, two reach 1/2; the third is one too many."""
+    n = data.draw(st.integers(1, vocabulary - 1))
+    assert kept(keep_top_p(torch.zeros(vocabulary), n / vocabulary)) == set(range(n))
 
 
-@given(logit_rows, st.integers(0, 100))
-def test_temperature_zero_takes_the_largest(row, seed):
+@pytest.mark.parametrize("p", [1e-30, 1e-50, 5e-324])
+def test_top_p_always_keeps_the_most_likely_token(p):
+    """1e-50 is 0 in float32, and no token was left."""
+    assert kept(keep_top_p(torch.tensor([0.0, 2.0, 1.0]), p)) == {1}
+
+
+@given(logit_rows, st.sampled_from([0, 5e-324, 1e-50, 1e-45, 1e-40, 1.2e-38, 1e-30]))
+def test_a_temperature_of_almost_zero_takes_the_largest(row, temperature):
+    """Divided by it, logits are infinite, and those of 0 are no numbers: none could be drawn."""
     logits = torch.tensor([row])
-    assert sample_next(logits, temperature=0).item() == int(np.argmax(row))
-    cold = sample_next(logits, top_k=1, generator=torch.Generator().manual_seed(seed))
-    assert cold.item() == int(np.argmax(row))
+    assert sample_next(logits, temperature=temperature).item() == int(np.argmax(row))
+    assert sample_next(logits, top_k=1).item() == int(np.argmax(row))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
-    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]])
+@pytest.mark.parametrize(
+    ("temperature", "k", "p"),
+    [
+        *((temperature, None, None) for temperature in (0.5, 1.0, 2.0)),
+        (2.0, None, 0.6),  # two tokens reach it; at temperature 1 it would be one
+        (1.0, 2, 0.7),  # one of the two reaches it; of all, it would be two
+    ],
+)
+def test_tokens_are_drawn_as_often_as_the_formula_says(temperature, k, p):
+    """Temperature first, then top-k, then top-p."""
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    options = {"temperature": temperature, "top_k": k, "top_p": p}
     n, generator = 20_000, torch.Generator().manual_seed(0)
-    drawn = sample_next(logits.expand(n, -1), temperature=temperature, generator=generator)
-    expected = reference.softmax(logits[0].double().numpy() / temperature)
-    assert np.abs(np.bincount(drawn, minlength=4) / n - expected).max() < 0.015
+    drawn = sample_next(logits.expand(n, -1), **options, generator=generator)
+    found = np.bincount(drawn, minlength=4) / n
+    assert_close(found, reference.next_token(logits, temperature, k, p), 0.015)
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(0, 5), st.integers(1, 12), st.sampled_from(["learned", "rotary", "sinusoidal"]))
+@given(st.integers(0, 5), st.integers(1, 12), st.sampled_from(POSITIONS))
 def test_with_and_without_a_cache_the_same_text_is_written(seed, length, position):
     """Also past the context: both keep the last half of it."""
     model = tiny_model(seed, position=position)
@@ -155,13 +172,13 @@ def test_no_gradient_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("knob", "value"),
+    ("option", "value"),
     [("temperature", -1.0), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0)]
     + [("top_p", 1.5), ("max_new_tokens", -1)],
 )
-def test_a_knob_out_of_range_is_refused_by_name(knob, value):
-    options = {"max_new_tokens": 1, knob: value}
-    with pytest.raises(ValueError, match=knob):
+def test_an_option_out_of_range_is_refused_by_name(option, value):
+    options = {"max_new_tokens": 1, option: value}
+    with pytest.raises(ValueError, match=option):
         next(generate(tiny_model(), torch.tensor([[1]]), **options))
 
 

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +20,7 @@ from nanolm.precision import CPU, Engine
 from nanolm.training import TrainState, dropout_seed, train, update
 
 CONFIG = ModelConfig(vocab_size=11, block_size=7, n_layer=1, n_head=2, n_embd=6)
+DROPOUT = replace(CONFIG, dropout=0.5)
 
 
 def new_state(config=CONFIG, seed=0, dtype="float32", lr=1e-2) -> TrainState:
@@ -67,10 +68,9 @@ def test_dropout_seeds_differ_for_every_micro_batch():
 
 
 def test_an_update_depends_on_the_step_and_not_on_the_random_numbers_drawn_before():
-    config = ModelConfig(vocab_size=11, block_size=7, n_layer=1, n_head=2, n_embd=6, dropout=0.5)
     results = []
     for noise in (0, 1):
-        state = new_state(config)
+        state = new_state(DROPOUT)
         torch.manual_seed(noise)
         update(state, [random_batch(0)], learning_rate=0.1, seed=3)
         results.append(state.model.state_dict())
@@ -78,22 +78,26 @@ def test_an_update_depends_on_the_step_and_not_on_the_random_numbers_drawn_befor
 
 
 def test_another_step_draws_other_dropout_masks():
-    config = ModelConfig(vocab_size=11, block_size=7, n_layer=1, n_head=2, n_embd=6, dropout=0.5)
     losses = []
     for step in (0, 1):
-        state = new_state(config)
+        state = new_state(DROPOUT)
         state.step = step
         losses.append(update(state, [random_batch(0)], learning_rate=0.1)[0])
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("grad_clip", [0.01, 0.0, 1e9])
-def test_the_gradient_that_is_applied_is_no_longer_than_grad_clip(grad_clip):
-    """With plain SGD at rate 1, the weights move by the clipped gradient."""
-    state = new_state()
+def test_the_gradient_that_is_applied_is_no_longer_than_grad_clip(grad_clip, dtype):
+    """With plain SGD at rate 1, the weights move by the clipped gradient; in float16 by that of
+    the loss itself, not of the scaled one (AdamW would hide it: it asks for no scale).
+    """
+    state, engine = new_state(dtype=dtype), Engine("cpu", dtype, compile=False)
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in state.model.parameters()]
-    _, norm, _ = update(state, [random_batch(0)], learning_rate=1.0, grad_clip=grad_clip)
+    options = {"learning_rate": 1.0, "grad_clip": grad_clip, "engine": engine}
+    _, norm, _ = update(state, [random_batch(0)], **options)
+    assert 0.01 < norm < 10
     pairs = zip(before, state.model.parameters(), strict=True)
     moved = math.sqrt(sum(((a - b) ** 2).sum().item() for a, b in pairs))
     assert moved == pytest.approx(min(norm, grad_clip or math.inf), rel=1e-3)
@@ -206,8 +210,23 @@ def test_a_loss_scale_that_is_too_high_at_first_does_not_count():
     assert state.step == 12
 
 
+def test_a_loss_scale_that_never_settles_ends_the_run():
+    """Below a scale of 1, an infinite gradient is the model's own, and each one counts."""
+    state = new_state(dtype="float16")
+    state.model.norm.weight.register_hook(lambda g: g * math.inf)
+    with pytest.raises(ValueError, match="not finite"):
+        loop(state, 30, engine=Engine("cpu", "float16", compile=False))
+
+
 # ------------------------------------------------------------------------------------------
 # The loop
+
+
+def test_the_loop_trains_with_dropout_whatever_mode_the_model_comes_in():
+    """A model that was loaded to be looked at comes in eval mode."""
+    fresh, looked_at = new_state(DROPOUT), new_state(DROPOUT)
+    looked_at.model.eval()
+    assert loop(looked_at, 2).losses == loop(fresh, 2).losses
 
 
 @pytest.mark.parametrize(
@@ -224,8 +243,7 @@ def test_the_loop_makes_exactly_max_iters_updates_and_evaluates_at_the_end(
 
 
 def test_a_saved_state_continues_as_if_it_had_never_stopped():
-    config = ModelConfig(vocab_size=11, block_size=7, n_layer=1, n_head=2, n_embd=6, dropout=0.2)
-    whole, first, second = (new_state(config, seed) for seed in (0, 0, 1))
+    whole, first, second = (new_state(DROPOUT, seed) for seed in (0, 0, 1))
     expected = loop(whole, 8).losses
     loop(first, 5)
     second.load_state_dict(copy.deepcopy(first.state_dict()))

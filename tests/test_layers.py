@@ -1,0 +1,122 @@
+"""The layers: each against its formula, and what a config may say."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import assert_close
+from strategies import model_configs, scramble, seeds, to_torch, weights_of
+
+from nanolm.layers import MLPS, NORMS, POSITIONS, Block, GatedMLP, ModelConfig, sinusoids
+
+TINY = ModelConfig(vocab_size=17, block_size=11, n_layer=2, n_head=2, n_embd=6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", MLPS)
+@given(seed=seeds)
+@settings(deadline=None, max_examples=10)
+def test_every_mlp_is_its_formula(kind, bias, seed):
+    config = dataclasses.replace(TINY, mlp=kind, n_hidden=23, bias=bias)
+    module = scramble(MLPS[kind](config).double(), seed)
+    x = np.random.default_rng(seed).normal(size=(2, 3, 6)) * 3
+    assert_close(module(*to_torch(x)), reference.mlp(x, weights_of(module), kind), 1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", NORMS)
+@given(seed=seeds, eps=st.sampled_from([1e-5, 1.0]), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+@settings(deadline=None, max_examples=10)
+def test_every_norm_is_its_formula(kind, bias, seed, eps, scale):
+    """Also of tiny vectors, where eps is most of the variance."""
+    config = dataclasses.replace(TINY, norm=kind, norm_eps=eps, bias=bias)
+    module = scramble(NORMS[kind](config).double(), seed)
+    x = np.random.default_rng(seed).normal(size=(2, 3, 6)) * scale + scale
+    assert_close(module(*to_torch(x)), reference.NORMS[kind](x, weights_of(module), eps), 1e-10)
+
+
+def test_the_tanh_form_of_gelu_is_within_a_thousandth_of_the_exact_one():
+    x = np.linspace(-10, 10, 2001)
+    assert_close(reference.gelu_tanh(x), reference.gelu_erf(x), 1e-4)
+
+
+@given(st.integers(1, 50), st.integers(1, 23))
+@settings(deadline=None, max_examples=30)
+def test_sinusoids_are_their_formula(length, n_embd):
+    """For an odd number of channels too."""
+    assert_close(sinusoids(length, n_embd), reference.sinusoids(length, n_embd))
+
+
+@given(model_configs(), seeds)
+@settings(deadline=None, max_examples=20)
+def test_a_block_adds_what_its_residual_writers_write_and_nothing_else(config, seed):
+    """With those at 0 it passes its input on: none is forgotten, and each is one."""
+    block = scramble(Block(config), seed)
+    x = torch.randn(2, 5, config.n_embd)
+    writers = block.residual_writers()
+    for writer in writers:
+        assert not torch.equal(block(x), x)
+        for p in writer.parameters():
+            p.data.zero_()
+    assert torch.equal(block(x), x)
+
+
+# The config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for value in (0, -1) for key in (
+            "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_hidden", "n_kv_head",
+            "head_size",
+        )),
+        ("dropout", 1.0), ("dropout", -0.1), ("dropout", math.nan),
+        ("norm_eps", 0.0), ("norm_eps", -1e-5), ("rope_theta", 0.0), ("rope_theta", -1.0),
+        ("n_embd", 770), ("n_kv_head", 5), ("n_kv_head", 24),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_key_and_value(key, value):
+    with pytest.raises(ValueError, match=f"{key}={value!r}"):
+        ModelConfig(**{key: value})
+
+
+def test_rotary_positions_need_an_even_head_size():
+    with pytest.raises(ValueError, match="head_size=3"):
+        ModelConfig(position="rotary", n_embd=6, n_head=2)
+    with pytest.raises(ValueError, match="head_size=5"):
+        ModelConfig(position="rotary", head_size=5)
+    assert ModelConfig(position="learned", head_size=5).head_size == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "table"), [("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS)]
+)
+def test_an_unknown_choice_is_answered_by_the_known_ones(key, table):
+    with pytest.raises(ValueError, match=f"{key}='unheard-of': .*{', '.join(table)}"):
+        ModelConfig(**{key: "unheard-of"})
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.sampled_from(list(MLPS)))
+@settings(deadline=None, max_examples=30)
+def test_what_is_left_out_follows_from_the_rest(n_head, head_size, mlp):
+    config = ModelConfig(n_head=n_head, n_embd=n_head * head_size, mlp=mlp)
+    assert config.head_size == head_size
+    assert config.n_kv_head == n_head
+    if issubclass(MLPS[mlp].func, GatedMLP):  # 8/3 n_embd, rounded up to a multiple of 64
+        assert config.n_hidden % 64 == 0
+        assert 0 <= 3 * config.n_hidden - 8 * config.n_embd < 3 * 64
+    else:
+        assert config.n_hidden == 4 * config.n_embd
+
+
+def test_what_is_given_is_kept():
+    config = ModelConfig(n_embd=7, n_head=4, n_kv_head=2, head_size=3, n_hidden=5)
+    assert (config.n_kv_head, config.head_size, config.n_hidden) == (2, 3, 5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.n_embd = 8
