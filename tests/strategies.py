@@ -55,7 +55,8 @@ class Drawn(SimpleNamespace):
 
     def __repr__(self):
         shown = {name: getattr(value, "shape", value) for name, value in vars(self).items()}
-        return f"Drawn({', '.join(f'{name}={value}' for name, value in shown.items())})"
+        words = [f"{name}={value}" for name, value in shown.items() if not callable(value)]
+        return f"Drawn({', '.join(words)})"
 
 
 @st.composite

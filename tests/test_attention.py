@@ -227,7 +227,7 @@ def test_a_cache_returns_all_that_was_appended_in_order(lengths, seed):
 
 @st.composite
 def modules(draw, **fixed):
-    """A MultiHeadAttention in float64, its input x, its angles, and the rest of its formula's."""
+    """A MultiHeadAttention in float64, its formula, its input x, and cos and sin of its angles."""
     n_head, n_kv_head = draw(head_counts)
     rotary, head_size = draw(st.booleans()), draw(st.sampled_from([4, 6]))
     causal, norm_eps, seed = draw(st.booleans()), draw(st.sampled_from([1e-5, 0.1])), draw(seeds)
@@ -241,7 +241,10 @@ def modules(draw, **fixed):
     )
     scramble(module.double(), seed)
     start = draw(st.sampled_from([0, 3]))
-    positions = np.arange(start, start + 5) if rotary else None
+    positions = angles = None
+    if rotary:
+        positions = np.arange(start, start + 5)
+        angles = torch.stack(rotary_angles(torch.from_numpy(positions), head_size, 10.0))
     twin = shape | {
         "params": weights_of(module),
         "n_head": n_head,
@@ -249,12 +252,9 @@ def modules(draw, **fixed):
         "positions": positions,
         "norm_eps": norm_eps,
     }
-    return Drawn(
-        module=module,
-        x=np.random.default_rng(seed).normal(size=(2, 5, 7)),
-        angles=rotary_angles(torch.from_numpy(positions), head_size, 10.0) if rotary else None,
-        formula=partial(reference.multi_head_attention, **twin),
-    )
+    x = np.random.default_rng(seed).normal(size=(2, 5, 7))
+    formula = partial(reference.multi_head_attention, **twin)
+    return Drawn(module=module, formula=formula, x=x, angles=angles, n_head=n_head, **shape)
 
 
 @both_paths
@@ -291,6 +291,6 @@ def test_a_module_with_a_cache_reads_a_sequence_in_two_parts(path, drawn, cut):
     with attention_by(path):
         whole = drawn.module(x, angles=drawn.angles)
         for part in (slice(0, cut), slice(cut, None)):
-            turn = drawn.angles and tuple(a[part] for a in drawn.angles)
+            turn = None if drawn.angles is None else drawn.angles[:, part]
             parts.append(drawn.module(x[:, part], angles=turn, cache=cache))
     assert_close(torch.cat(parts, dim=1), whole, 1e-10)
