@@ -142,21 +142,6 @@ def test_muon_is_that_of_pytorch(seed, steps):
         assert (a - b).norm() <= 0.05 * b.norm()
 
 
-@settings(deadline=None, max_examples=20)
-@given(SEEDS, st.floats(0.01, 10))
-def test_clipping_is_the_formula(seed, max_norm):
-    random = np.random.default_rng(seed)
-    gradients = [random.normal(size=shape) for shape in ((3, 5), (7,))]
-    parameters = [torch.nn.Parameter(torch.zeros(g.shape, dtype=torch.float64)) for g in gradients]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = torch.tensor(gradient)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    clipped, expected = reference.clip(gradients, max_norm)
-    assert norm.item() == pytest.approx(expected)
-    for parameter, gradient in zip(parameters, clipped, strict=True):
-        np.testing.assert_allclose(parameter.grad.numpy(), gradient, rtol=1e-5)
-
-
 def grouped(model, optimizer):
     """The names of the parameters in each group, and the groups' weight decay."""
     names = {id(p): name for name, p in model.named_parameters()}
