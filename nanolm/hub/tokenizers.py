@@ -102,6 +102,8 @@ def guess(content: dict, end: str) -> Tokenizer:
             raise ValueError("not written here")  # what follows would take seconds
         pattern = pattern.removeprefix(before).removesuffix(after)
     form = content["normalizer"] and content["normalizer"]["type"]
+    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError("not written here")
     return BPETokenizer(ranks, special, pattern=pattern, end_token=end, normal_form=form)
 
 
