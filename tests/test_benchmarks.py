@@ -133,7 +133,8 @@ def test_the_benchmark_of_sampling_runs(monkeypatch, checkout, workplace):
 
 def test_chunks_take_less_memory_than_all_logits():
     """As the benchmark measures it, each in a process of its own."""
-    code = "from benchmarks import memory; memory.VOCABULARY = 20_011; memory.main(['--way={}'])"
+    code = "from benchmarks import memory; memory.VOCABULARY, memory.CHANNELS = 20_011, 96; "
+    code += "memory.main(['--way={}'])"
     peaks = {}
     for way in memory.WAYS:
         words = [sys.executable, "-c", code.format(way)]
