@@ -4,8 +4,10 @@ Only process 0 reads and writes the folder of the run, and speaks; the others ge
 need to know, and what makes one of them leave makes all of them leave.
 """
 
+import atexit
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -156,15 +158,31 @@ def joined(backend: str) -> Iterator[World]:
         meet(world, backend)
         yield world
     except (Shared, NotFinite, Stopped):  # of all; who leaves alone would wait here for the others
-        with handled_by(lambda *_: None, STOP):  # torchrun may send a second one
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        part()
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
+            atexit.register(end_at_once)
             raise Shared("another process of this run has ended; what it says tells why") from None
         raise
     except Exception as error:
         error.add_note(f"process {world.rank}")
         raise
-    dist.destroy_process_group()
+    part()
+
+
+def part() -> None:
+    """Leave the others; a second signal, which torchrun may send, does not disturb this."""
+    with handled_by(lambda *_: None, STOP):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def end_at_once() -> None:
+    """End this process as an error does, without waiting for the threads of gloo.
+
+    They cannot be joined once another process is lost, and one that asks for the GIL while Python
+    ends aborts the process ("terminate called without an active exception").
+    """
+    sys.stdout.flush()
+    os._exit(2)
