@@ -29,7 +29,7 @@ class SampleConfig:
 
     init_from: str = "resume"  # resume (the run in out_dir) | gpt2 | FOLDER | OWNER/NAME
     out_dir: str | None = None  # the run; None: the one in out/ that was trained last
-    start: str = "\n"  # the prompt, or FILE:prompt.txt
+    start: str | None = None  # the prompt, or FILE:prompt.txt; None: the model begins
     num_samples: int = 10  # how many texts
     batch_size: int = 8  # how many of them are written at a time
     max_new_tokens: int = 500  # longest text, in tokens
@@ -47,8 +47,10 @@ class SampleConfig:
         check_generation_options(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
 
 
-def read_prompt(start: str) -> str:
+def read_prompt(start: str | None) -> str:
     """The text to continue: start itself, or the content of the file it names."""
+    if start is None:
+        return ""
     text = start
     if start.startswith("FILE:"):
         path = Path(start.removeprefix("FILE:"))

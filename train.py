@@ -1,4 +1,8 @@
-"""Train a model: python train.py [CONFIG_FILE] [--key=value ...]; --help lists the keys."""
+"""Train a model: python train.py [CONFIG_FILE ...] [--key=value ...]
+
+Without a config file, it goes on with the run in --out_dir if --init_from says so, and otherwise
+trains as config/pydocs.py says.
+"""
 
 import signal
 

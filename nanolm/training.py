@@ -94,8 +94,8 @@ class TrainState:
             {k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups
         ]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, mine in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(mine)
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
         if checkpoint["scaler"]:  # empty where the run was not in fp16 before
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.evaluated = checkpoint["step"], checkpoint["evaluated"]
@@ -133,18 +133,18 @@ def update(
 
     The gradient is scaled down to the norm grad_clip where it is longer (Pascanu et al. 2013); 0
     turns this off. A loss or gradient that is not finite is counted, but not applied. Returns the
-    loss, the unclipped norm of its gradient, and for each of this process's requests (asked for
-    once the gradients are there) whether any process has made it.
+    loss, the unclipped norm of its gradient, and the answers to requests: yes-or-no questions of
+    each process (has a signal come?), answered yes to all where one process says yes.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     micro_batches = list(micro_batches)
     shares = target_shares(micro_batches)
     total = torch.zeros((), device=engine.device)
-    mine = range(world.rank, len(micro_batches), world.size)
-    for number in mine:
+    own = range(world.rank, len(micro_batches), world.size)  # those of this process
+    for number in own:
         torch.manual_seed(dropout_seed(seed, state.step, number))
-        world.sync_gradients(state.forward, number == mine[-1])
+        world.sync_gradients(state.forward, number == own[-1])
         with engine.autocast():
             _, loss = state.forward(**engine.move(micro_batches[number]))  # forward
         loss = loss * shares[number]
@@ -241,11 +241,11 @@ def train(run: Run) -> None:
             run.answer(requested)
 
 
-def settle_gradients(state: TrainState, batch: Batch, engine: Engine) -> None:
+def warm_up_ddp(state: TrainState, batch: Batch, engine: Engine) -> None:
     """Go forward and backward once and forget the gradients.
 
-    DDP sends gradients in the order of the first backward pass, but only from the second on. Sums
-    of three numbers depend on their order; after this, every update, also the first after
+    DDP sends gradients in the order of the first backward pass, but only from the second on, and
+    floating-point sums depend on their order; after this, every update, also the first after
     resuming, adds up alike.
     """
     with engine.autocast():

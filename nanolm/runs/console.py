@@ -17,7 +17,7 @@ def describe(run: Run, source: str) -> None:
     describe_engine(run)
     print(
         f"data      {run.dataset.folder}: {meta['train']['tokens']:,} tokens for training, "
-        f"{meta['val']['tokens']:,} for validation, {config.vocab_size:,} different ones"
+        f"{meta['val']['tokens']:,} for validation, {config.vocab_size:,} in the vocabulary"
     )
     print(f"model     {count_parameters(run.state.model):,} parameters")
     if not config.eval_only:
@@ -42,9 +42,17 @@ def describe_work(run: Run) -> None:
     per_update = config.tokens_per_update
     epochs = config.max_iters * per_update / run.dataset.meta["train"]["tokens"]
     print(f"updates   {config.max_iters:,} of {per_update:,} tokens each: {epochs:.2f} epochs")
-    print("loss      of an update: on its own batch, before it; train and val: on fixed batches")
+    print(
+        "loss      of an update: on its own batch, before the weights change; "
+        "train and val: on fixed batches"
+    )
     for name, value in run.task.baselines().items():
         print(f"          {name} = {value:.4f}: where a fresh model starts")
+    if config.decay_lr and 0 < config.max_iters <= config.warmup_iters:
+        print(
+            f"warning   the rate never reaches {config.learning_rate:g}: warmup_iters="
+            f"{config.warmup_iters} is as long as the run, or longer"
+        )
     flops = flops_per_token(run.state.model) * per_update * (config.max_iters - step)
     seconds = flops / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
     if run.engine.device_type == "cpu" and seconds > 3600:

@@ -69,6 +69,11 @@ def holds_a_run(folder: Path) -> bool:
     return bool(checkpoint.step_files(folder)) or (folder / checkpoint.BEST).exists()
 
 
+def resuming(folder: Path) -> str:
+    """The command that continues the run in the folder."""
+    return f"train.py --out_dir={folder} --init_from=resume"
+
+
 def check_replaceable(config: TrainConfig, folder: Path, source: str | None) -> None:
     """Raise ValueError where the run in the folder must not, or cannot, give way to a new one.
 
@@ -77,13 +82,13 @@ def check_replaceable(config: TrainConfig, folder: Path, source: str | None) -> 
     harmless = config.overwrite or (config.eval_only and source is not None)
     if holds_a_run(folder) and not harmless:
         raise ValueError(
-            f"--init_from=resume continues the run that {folder} holds already; to begin another, "
-            "choose another --out_dir, or replace this one with --overwrite=true"
+            f"{folder} already holds a run: choose another --out_dir, or continue the run with "
+            f"{resuming(folder)}, or replace it with --overwrite=true"
         )
     if source and Path(source).is_dir() and folder.samefile(source) and not config.eval_only:
         raise ValueError(
-            f"init_from={source!r} is also the out_dir: continue the run with --init_from=resume, "
-            "or choose another --out_dir"
+            f"init_from={source!r} is also the out_dir: choose another, or continue the run with "
+            f"{resuming(folder)}"
         )
     for path in checkpoint.step_files(folder):
         if path.is_dir():

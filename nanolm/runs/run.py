@@ -20,7 +20,7 @@ from nanolm.model import count_parameters, flops_per_token
 from nanolm.parallel import World
 from nanolm.precision import Engine
 from nanolm.runs import checkpoint, pictures
-from nanolm.runs.folder import METRICS_FILE, PICTURE, RUN_FILE
+from nanolm.runs.folder import METRICS_FILE, PICTURE, RUN_FILE, resuming
 from nanolm.runs.log import Log, peak_flops, wandb_log
 from nanolm.runs.processes import any_of, broadcast
 from nanolm.runs.settings import TrainConfig
@@ -118,8 +118,8 @@ class Run:
         """What is left of the run where it cannot go on."""
         steps = checkpoint.step_files(self.folder)
         if not steps:
-            return f"no checkpoint yet: start again with --init_from={self.config.init_from}"
-        return f"the last checkpoint is {steps[-1]}: continue from it with --init_from=resume"
+            return "no checkpoint yet: start again"
+        return f"the last checkpoint is {steps[-1]}: continue with {resuming(self.folder)}"
 
     # --------------------------------------------------------------------------------------
     # Training
@@ -133,8 +133,8 @@ class Run:
             with collecting(say=self.world.leads) as self.signals:
                 train(self)
         except NotFinite as error:
-            advice = "and a lower learning_rate, or dtype=float32"
-            raise NotFinite(f"{error}; {self.way_back()} {advice}") from None
+            advice = "with a lower learning_rate or dtype=float32"
+            raise NotFinite(f"{error}; {self.way_back()}, {advice}") from None
         except Stopped as stop:
             raise Stopped(stop.number, f"{stop}; {self.way_back()}") from None
         except BrokenPipeError:  # nobody reads the console any more

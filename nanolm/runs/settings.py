@@ -111,6 +111,7 @@ class TrainConfig(ModelConfig):
 MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 # What two models must share to share their weights.
 SHAPE_KEYS = tuple(key for key in MODEL_KEYS if key != "dropout")
+DERIVED_KEYS = ("n_hidden", "head_size", "n_kv_head")  # from n_embd and n_head, unless given
 
 
 def model_config_of(keys: dict) -> ModelConfig:

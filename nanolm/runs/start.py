@@ -18,17 +18,24 @@ from nanolm.parallel import World
 from nanolm.precision import Engine, Hardware, choose_engine, find_hardware
 from nanolm.runs import checkpoint
 from nanolm.runs.console import describe, describe_end
-from nanolm.runs.folder import check_replaceable, holds_a_run, recorded, remove_leftovers, taken
+from nanolm.runs.folder import (
+    check_replaceable,
+    holds_a_run,
+    recorded,
+    remove_leftovers,
+    resuming,
+    taken,
+)
 from nanolm.runs.load import check_fits, load_model
 from nanolm.runs.log import evaluation_line
 from nanolm.runs.prepare import find_dataset
 from nanolm.runs.processes import all_or_none, broadcast, find_world, joined, own_gpu
 from nanolm.runs.run import Run
-from nanolm.runs.settings import SHAPE_KEYS, TrainConfig, model_config_of
+from nanolm.runs.settings import DERIVED_KEYS, SHAPE_KEYS, TrainConfig, model_config_of
 from nanolm.tasks.table import make_task
 from nanolm.text.data import Dataset
 from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from nanolm.training import TrainState, grad_scaler, settle_gradients
+from nanolm.training import TrainState, grad_scaler, warm_up_ddp
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Start:
     checkpoint: dict | None = None  # of another model: its weights and its config, no more
 
     def words(self, step: int) -> str:
-        """It for the console."""
+        """Where the run starts from, for the console."""
         if self.resumes:
             return f"resumed at step {step}"
         return f"from the weights of {self.source}" if self.source else "from step 0"
@@ -72,9 +79,9 @@ def start_run(config: TrainConfig) -> None:
 def train(run: Run, start: Start) -> None:
     """Write down what the run is, describe it, train it to its end, and say what came out."""
     state, world, began = run.state, run.world, time.perf_counter()
-    with world.sharing_gradients(state.forward) as state.forward:
+    with world.sharing_gradients(state.forward) as state.forward:  # DDP, of several processes
         if world.size > 1:
-            settle_gradients(state, next(run.micro_batches(0)), run.engine)
+            warm_up_ddp(state, next(run.micro_batches(0)), run.engine)
         broadcast(world, lambda: run.record(fresh=not start.resumes))
         describe(run, start.words(state.step))
         run.train()
@@ -91,7 +98,7 @@ def open_data(config: TrainConfig, world: World) -> tuple[TrainConfig, Dataset]:
     Raises ValueError or FileNotFoundError where there is none, or none that fits.
     """
     config = broadcast(world, lambda: config)  # that of process 0 counts for all
-    broadcast(world, lambda: find_dataset(config.dataset) and None)
+    broadcast(world, lambda: find_dataset(config.dataset).meta)  # the others wait for its files
     with all_or_none(world):
         dataset = find_dataset(config.dataset)
         n = dataset.tokenizer.vocab_size
@@ -225,18 +232,19 @@ def fit_to_start(config: TrainConfig, start: Start) -> TrainConfig:
     wrong = [
         f"{key} is {old[key]!r} there and {new[key]!r} here"
         for key in (*SHAPE_KEYS, "optimizer", "task")
-        if key in changed
+        if key in changed and not (key in DERIVED_KEYS and "n_embd" in changed)
     ]
     if wrong:
         raise ValueError(
             f"this config does not match the checkpoint in {config.out_dir}: {'; '.join(wrong)}; "
-            "give the keys as they were, or choose another --out_dir"
+            f"continue it as it is with {resuming(config.out_dir)}, or choose another --out_dir"
         )
     for key in sorted(changed - {"init_from", "pretrained", "overwrite", "eval_only", "out_dir"}):
         print(f"changed   {key}: {old[key]!r} before, {new[key]!r} now")
-    return replace(
-        config, init_from=origin, pretrained=None
-    )  # which says where the shape came from
+    if changed & {"dataset", "eval_iters", "batch_size"}:
+        print("warning   losses of other batches: those before and after do not compare")
+    # init_from stays, for it says where the shape came from
+    return replace(config, init_from=origin, pretrained=None)
 
 
 def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:

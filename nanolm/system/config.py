@@ -46,7 +46,9 @@ def read_config_file(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         there = ", ".join(sorted(str(p) for p in Path("config").glob("*.py")))
         raise FileNotFoundError(
-            f"no config file {path}" + (f"; there are {there}" if there else "")
+            f"no config file {path}"
+            + (f"; there are {there}" if there else "")
+            + ("" if path.suffix else f"; a dataset is chosen by --dataset={path}")
         )
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"))
@@ -64,7 +66,9 @@ def read_config_file(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement]
             if not all(isinstance(target, ast.Name) for target in targets):
                 line = ast.unparse(statement).splitlines()[0]
-                raise ValueError(f"{line!r} is not of the form key = value")
+                raise ValueError(
+                    f"{line!r} is not of the form key = value; a config file is data, no program"
+                )
             value = value_of(statement.value, {**known, **values})
             values.update({target.id: value for target in targets})
         except (ValueError, ArithmeticError, RecursionError) as error:
@@ -114,6 +118,8 @@ def check_key(key: str, cls: type) -> None:
         speak_of_it = [name for name in comments if key in re.findall(r"\w+", comments[name])]
         names = " or ".join(near or speak_of_it)
         hint = f"did you mean {names}?" if names else "see --help for all keys"
+        if key == "config":
+            hint = "a config file is named without a key, as in config/pydocs.py"
         raise ValueError(f"unknown key {key!r}: {hint}")
 
 
@@ -175,7 +181,9 @@ def load_config(cls: type, arguments: Iterable[str], *, positional: Collection[s
     values = {}
     if len(words) > len(positional) > 0:
         wanted = " ".join(positional).upper()
-        raise ValueError(f"{words[len(positional)]!r}: only {wanted} is wanted, before any --key")
+        lists = [f"--{name}" for name in hints if typing.get_origin(hints[name]) is tuple]
+        also = f"; more than one goes after {' or '.join(lists)}" if lists else ""
+        raise ValueError(f"{words[len(positional)]!r}: only {wanted} goes before any --key{also}")
     if positional:
         values.update(zip(positional, words, strict=False))
     else:
@@ -184,7 +192,9 @@ def load_config(cls: type, arguments: Iterable[str], *, positional: Collection[s
     values.update(from_line)
     for key, default in defaults.items():
         if default is MISSING and key not in values:
-            raise ValueError(f"{key.upper()} is missing; see --help")
+            raise ValueError(
+                f"{key.upper()} is missing: it comes first, before any --key; see --help"
+            )
     return cls(**{key: coerce(key, value, hints[key]) for key, value in values.items()})
 
 

@@ -79,9 +79,10 @@ class CausalTask:
         generator: torch.Generator | None = None,
         **options: float | None,
     ) -> list[Iterator[str]]:
-        """n ways in which the model continues the text, drawn side by side, each in pieces.
+        """n continuations of the text, drawn side by side, each as an iterator of pieces.
 
-        Without a text, it begins one. A way ends with its document. options: those of generate.
+        Without a text, the model begins one. A continuation stops at the end of its document.
+        options: those of generate.
         """
         ids = encode_prompt(tokenizer, text) if text else opening(tokenizer)
         prompt = torch.tensor([ids], device=model.head.weight.device).expand(n, -1)

@@ -105,8 +105,8 @@ class BPETokenizer:
         tokens = tokens_of(merges)
         if len(tokens) + len(special_tokens) < vocab_size:
             print(
-                f"warning: the text has no more pairs to merge: {len(tokens)} tokens and "
-                f"{len(special_tokens)} special ones instead of {vocab_size}",
+                f"warning: the text has no more pairs to merge: "
+                f"{len(tokens) + len(special_tokens)} tokens instead of {vocab_size}",
                 file=sys.stderr,
             )
         ranks = {token: i for i, token in enumerate(tokens)}

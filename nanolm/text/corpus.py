@@ -30,7 +30,7 @@ from nanolm.text.documents import (
 )
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", JSON_LINES)
-TABLE_SUFFIXES = (".csv", ".tsv")
+NO_PROSE = {".csv": "a table", ".tsv": "a table", ".json": "JSON"}
 STDIN, HUB = "-", "hf:"  # instead of a path
 
 
@@ -105,10 +105,10 @@ def find_input(name: str, text_key: str) -> Corpus:
 def find_text_files(path: Path) -> tuple[list[Path], list[str]]:
     """The file itself, or the text files of a folder; and what to say of that."""
     if path.is_file():
-        if kind_of(path) in TABLE_SUFFIXES:
+        if kind := NO_PROSE.get(kind_of(path)):
             raise ValueError(
-                f'{path} is a table: write its texts as lines of JSON, {{"text": ...}}, into a '
-                f"{JSON_LINES} file; or, to learn the commas too, name it .txt"
+                f'{path} is {kind}: write its texts as lines of JSON, {{"text": ...}}, into a '
+                f"{JSON_LINES} file; or, to learn its punctuation, too, name it .txt"
             )
         return [path], []
     if not path.is_dir():
@@ -127,7 +127,7 @@ def find_text_files(path: Path) -> tuple[list[Path], list[str]]:
         )
     notes = [f"{path}: {len(files)} text files"]
     notes += [
-        f"{path}: skipped {len(skipped)} {reason}, as {skipped[0].relative_to(path)}"
+        f"{path}: skipped {len(skipped)} {reason}, such as {skipped[0].relative_to(path)}"
         for reason, skipped in found.items()
     ]
     return files, notes

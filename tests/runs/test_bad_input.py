@@ -170,7 +170,7 @@ ROWS = [
     row("wandb", nothing, train("--wandb_log"), "wandb_log", "pip install", marks=(no_wandb,)),
     # making a dataset
     row("no name", nothing, ("prepare",), "NAME is missing", "--help"),
-    row("two names", nothing, ("prepare", "a", "b"), "'b'", "only NAME is wanted"),
+    row("two names", nothing, ("prepare", "a", "b"), "only NAME goes before", "--input"),
     row("name ../x", nothing, ("prepare", "../x", "--input", "text.txt"), "'../x'", "--input"),
     row("name a/b", nothing, ("prepare", "a/b", "--input", "text.txt"), "'a/b'", "letters"),
     row("no text", nothing, ("prepare", "new"), "'new'", "--input PATH", "pydocs"),
@@ -229,6 +229,7 @@ ROWS = [
     row("resume empty", folder("out/new"), train("--init_from=resume"), "out/new", "first"),
     row("over a run", nothing, ("train", *TINY, "--out_dir=out/tiny"), "out/tiny", "=resume"),
     row("other model", nothing, (*RESUME, "--n_layer=2"), "n_layer is 1 there and 2 here"),
+    row("wider model", nothing, (*RESUME, "--n_embd=16"), "8 there and 16 here; continue it as"),
     row("damaged", change("out/tiny/*.pt", flip), RESUME, "out/tiny", "damaged"),
     row("cut off", change("out/tiny/*.pt", lambda b: b[:99]), RESUME, "no sound", "--out_dir"),
     row("lost tokens", remove("out/tiny/*tokenizer*"), RESUME, "has lost its", "data/tiny"),

@@ -547,7 +547,8 @@ def full_disk_is_said(path: str, err: str) -> bool:
     """Whether the one line names the file, what it needs, and the way back."""
     pattern = (
         rf"error: cannot write {re.escape(path)}: [^;]+; it needs \d{{2}},\d{{3}} bytes; the last "
-        r"checkpoint is out/x/step_00000006\.pt: continue from it with --init_from=resume\n"
+        r"checkpoint is out/x/step_00000006\.pt: "
+        r"continue with train\.py --out_dir=out/x --init_from=resume\n"
     )
     return bool(re.fullmatch(pattern, err))
 

@@ -436,7 +436,7 @@ def train_without_memory(*arguments: str) -> None:
         (run_train, "--no_such_key=1", "no_such_key"),
         (run_train, "--dataset=none", "none"),
         (run_train, "--init_from=resume", "out/x"),
-        (run_train, "--out_dir=out/tiny", "out/tiny holds already"),
+        (run_train, "--out_dir=out/tiny", "out/tiny already holds a run"),
         (run_train, "--out_dir=out/locked", "out/locked is in use by another process"),
         (train_on_another_text, "--seed=2", "holds other tokens than that of process 0"),
         (train_without_memory, "--seed=2", "the model does not fit (says process 1)"),

@@ -116,6 +116,15 @@ def test_changed_keys_are_listed_on_resume(tiny_run, capsys):
     out = capsys.readouterr().out
     assert "changed   learning_rate: 0.0006 before, 0.01 now" in out
     assert "changed   dropout: 0.0 before, 0.3 now" in out
+    assert "do not compare" not in out
+    train("--init_from=resume", "--max_iters=7", "--eval_iters=2")
+    assert "do not compare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("warmup", "warns"), [(6, True), (5, False)])
+def test_a_rate_that_never_reaches_its_peak_is_mentioned(warmup, warns, tiny_run, capsys):
+    train("--max_iters=6", f"--warmup_iters={warmup}")
+    assert ("the rate never reaches 0.0006" in capsys.readouterr().out) == warns
 
 
 def test_keys_of_the_optimizer_that_change_on_resume_take_effect(tiny_run):
@@ -267,7 +276,7 @@ def test_eval_only_evaluates_and_changes_nothing(tiny_run, capsys):
 def test_the_checkpoints_in_a_folder_are_all_of_one_run(tiny_run):
     """An overwritten run goes as the new one begins, or a restart would take up the wrong one."""
     folder = train()
-    with pytest.raises(ValueError, match="start again with --init_from=scratch and a lower"):
+    with pytest.raises(ValueError, match="start again, with a lower"):
         train("--overwrite=true", "--learning_rate=1e30", "--max_iters=20")
     assert not list(folder.glob("*.pt"))
     assert not [row for row in numbers(folder) if row["step"] > 3]
@@ -278,7 +287,7 @@ def test_a_run_is_not_replaced_unless_told_to(tiny_run):
     folder = train()
     for path in folder.glob("step_*"):
         path.unlink()
-    with pytest.raises(ValueError, match="run that out/x holds already"):
+    with pytest.raises(ValueError, match="out/x already holds a run"):
         train("--init_from=scratch")
 
 
@@ -312,9 +321,7 @@ def test_a_text_that_changed_under_a_run_is_mentioned(tiny_run, capsys):
 def test_the_model_of_a_run_is_not_mistaken_for_a_fresh_one_by_eval_only(tiny_run):
     """It says nothing of the run that is there, unless told to resume it."""
     train()
-    with pytest.raises(
-        ValueError, match="--init_from=resume continues the run that out/x holds already"
-    ):
+    with pytest.raises(ValueError, match="out/x already holds a run"):
         train("--eval_only=true")
 
 

@@ -34,6 +34,7 @@ def test_a_sample_ends_with_its_document_and_a_prompt_may_begin_one(
     for start, rest in [("<|endoftext|>", STORY), (STORY[:1], STORY[1:]), (STORY, "")]:
         out = run_main("sample", f"--start={start}", "--temperature=0", "--num_samples=2")[1]
         assert out == f"{start}{rest}\n---------------\n" * 2
+    assert run_main("sample", "--temperature=0", "--num_samples=1")[1] == f"{STORY}\n{'-' * 15}\n"
     assert generate.call_args_list[0].args[1].tolist() == [[256]] * 2  # and not its letters
 
 

@@ -151,7 +151,7 @@ def said_by(n: int) -> str:
 def goodbye(number: int, step: int) -> str:
     """The line with which a run leaves that has a checkpoint."""
     path = RUN / f"step_{step:08d}.pt"
-    way = "continue from it with --init_from=resume"
+    way = "continue with train.py --out_dir=out/x --init_from=resume"
     return f"\nstopped by {number.name}; the last checkpoint is {path}: {way}\n"
 
 
@@ -528,5 +528,5 @@ def test_a_run_that_is_refused_is_refused_when_started_again(tiny_run):
     for life in (0, 1):
         words = (life, "update", 1, partial(die, None, 9), *FLAGS, "--max_iters=9")
         assert end(*start_ranks(2, train_in_life, *words)) == [2, 2]
-        assert "out/x holds already" in said_by(2)
+        assert "out/x already holds a run" in said_by(2)
     assert all_files() == before

@@ -127,17 +127,19 @@ def test_what_a_folder_holds_and_what_is_left_is_said(workplace):
     Path("f/gone.txt").symlink_to("nowhere")
     assert sorted(find_corpus(["f", "f/a.txt"]).notes) == [
         "f: 2 text files",
-        "f: skipped 1 unreadable, as gone.txt",
-        "f: skipped 2 hidden, as .git/config",
-        "f: skipped 2 with another suffix, as a.pdf",
+        "f: skipped 1 unreadable, such as gone.txt",
+        "f: skipped 2 hidden, such as .git/config",
+        "f: skipped 2 with another suffix, such as a.pdf",
     ]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz"])
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz", "a.json"])
 def test_a_table_is_not_taken_for_prose(name, workplace):
     """It once was, commas and all, without a word."""
     Path(name).write_text("label,text\n1,hello\n")
-    with pytest.raises(ValueError, match=rf"^{name} is a table: .*\.jsonl file; .* name it \.txt"):
+    with pytest.raises(
+        ValueError, match=rf"^{name} is (a table|JSON): .*\.jsonl file; .* name it \.txt"
+    ):
         find_corpus([name])
 
 
