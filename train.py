@@ -27,6 +27,8 @@ def main(arguments: list[str]) -> None:
     if not files and given.get("init_from") in ("resume", "auto") and recorded(record.parent):
         print(f"no config file given: going on as {record} says")
         arguments = [str(record), *arguments]
+    elif not files and given.get("init_from") == "resume" and "out_dir" in given:
+        raise FileNotFoundError(f"{record} cannot be read: name the config file of this run again")
     elif not files:
         print(f"no config file given: training as config/{DEFAULT.name} says")
         files, arguments = [str(DEFAULT)], [str(DEFAULT), *arguments]

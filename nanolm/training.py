@@ -210,7 +210,7 @@ def train(run: Run) -> None:
     """The loop: update the run's state until it has made max_iters updates.
 
     It evaluates before the first update, after every eval_interval of them, and after the last.
-    Raises NotFinite when several updates in a row are not.
+    Raises NotFinite when several updates in a row are not finite.
     """
     state, config = run.state, run.config
     state.model.train()

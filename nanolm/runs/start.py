@@ -73,10 +73,10 @@ def start_run(config: TrainConfig) -> None:
             print(f"{folder} is finished: {run.state.step} of {run.config.max_iters} updates made")
             print("          to go on, raise --max_iters")
         else:
-            train(run, start)
+            train_from(start, run)
 
 
-def train(run: Run, start: Start) -> None:
+def train_from(start: Start, run: Run) -> None:
     """Write down what the run is, describe it, train it to its end, and say what came out."""
     state, world, began = run.state, run.world, time.perf_counter()
     with world.sharing_gradients(state.forward) as state.forward:  # DDP, of several processes

@@ -45,10 +45,11 @@ def read_config_file(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
         )
     if not path.is_file():
         there = ", ".join(sorted(str(p) for p in Path("config").glob("*.py")))
+        by_dataset = "dataset" in known and not path.suffix
         raise FileNotFoundError(
             f"no config file {path}"
             + (f"; there are {there}" if there else "")
-            + ("" if path.suffix else f"; a dataset is chosen by --dataset={path}")
+            + (f"; a dataset is chosen by --dataset={path}" if by_dataset else "")
         )
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"))

@@ -113,11 +113,9 @@ def json_lines(file: Iterable[bytes], name: object, text_key: str) -> Iterator[d
             record = json.loads(line.decode("utf-8-sig"))
             record[text_key].encode()  # JSON can spell half a surrogate pair: no character
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            keys = (
-                f"; here are {', '.join(record)}: choose by --text_key"
-                if isinstance(record, dict)
-                else ""
-            )
+            keys = ""
+            if isinstance(record, dict) and text_key not in record:
+                keys = f"; here are {', '.join(record)}: choose by --text_key"
             raise ValueError(
                 f'{name}, line {number}: each line must be a JSON object whose key "{text_key}" '
                 f"holds a string{keys}"

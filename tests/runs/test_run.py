@@ -378,6 +378,14 @@ def test_a_run_goes_on_without_its_config_file(tiny_run, run_main):
     assert "resumed at step 4" in out
 
 
+def test_a_run_without_its_record_asks_for_its_config_file(tiny_run, run_main):
+    """It once took config/pydocs.py, prepared that text, and then complained of it."""
+    Path("out/tiny/run.json").unlink()
+    code, out, err = run_main("train", "--out_dir=out/tiny", "--init_from=resume")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: out/tiny/run.json cannot be read: name the config file")
+
+
 def test_one_line_starts_and_continues_a_finetuning(tiny_run, capsys):
     """With nothing to resume, auto begins with the weights; later it does not go back to them."""
     line = [*TINY, "--out_dir=out/x", "--init_from=auto", f"--pretrained={tiny_run}"]

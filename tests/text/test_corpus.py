@@ -257,8 +257,10 @@ def test_another_key_can_hold_the_text_and_what_is_not_read_is_said_once(workpla
 )
 def test_a_line_that_holds_no_text_is_named(line, workplace):
     Path("a.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
-    with pytest.raises(ValueError, match=r'a\.jsonl, line 3: each line .* "text" holds a string'):
+    said = r'a\.jsonl, line 3: each line .* "text" holds a string'
+    with pytest.raises(ValueError, match=said) as error:
         read("a.jsonl")
+    assert ("here are" in str(error.value)) == (b"Text" in line)
 
 
 # ------------------------------------------------------------------------------------------
