@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
         print(f"no config file given: going on as {record} says")
         arguments = [str(record), *arguments]
     elif not files and given.get("init_from") == "resume" and "out_dir" in given:
-        raise FileNotFoundError(f"{record} cannot be read: name the config file of this run again")
+        raise FileNotFoundError(f"no {record} to read: train there first, or name its config file")
     elif not files:
         print(f"no config file given: training as config/{DEFAULT.name} says")
         files, arguments = [str(DEFAULT)], [str(DEFAULT), *arguments]

@@ -383,7 +383,7 @@ def test_a_run_without_its_record_asks_for_its_config_file(tiny_run, run_main):
     Path("out/tiny/run.json").unlink()
     code, out, err = run_main("train", "--out_dir=out/tiny", "--init_from=resume")
     assert (code, out) == (2, "")
-    assert err.startswith("error: out/tiny/run.json cannot be read: name the config file")
+    assert err.startswith("error: no out/tiny/run.json to read: train there first, or name its")
 
 
 def test_one_line_starts_and_continues_a_finetuning(tiny_run, capsys):
