@@ -2,17 +2,17 @@
 
 A block adds what attention and an MLP make of its input (He et al. 2015: a sum, so that gradients
 pass through). It normalizes the input of each first ("pre-norm", Xiong et al. 2020), which trains
-without care:
+without care; or the sum ("post-norm", Vaswani et al. 2017), as BERT does:
 
-    x = x + attention(norm(x))
-    x = x + mlp(norm(x))
+    x = x + attention(norm(x))        x = norm(x + attention(x))
+    x = x + mlp(norm(x))              x = norm(x + mlp(x))
 
 The parts that people argue about are looked up by name, so that GPT-2 (Radford et al. 2019) and a
 modern model are two configurations of one class:
 
     norm       layer: (x - mean) / std * weight + bias      rms: x / rms(x) * weight
     position   learned: a vector per position   sinusoidal: waves   rotary: inside attention
-    mlp        gelu: down(gelu(up x))   relu2: down(relu(up x)^2)
+    mlp        gelu, gelu_erf: down(gelu(up x))   relu2: down(relu(up x)^2)
                swiglu: down(silu(gate x) * up x)
 """
 
@@ -30,7 +30,7 @@ from nanolm.attention import KVCache, MultiHeadAttention
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a GPT. The defaults are GPT-2's (124M) but for its biases, as in nanoGPT."""
+    """The shape of a model. The defaults are GPT-2's (124M) but for its biases, as in nanoGPT."""
 
     vocab_size: int = 50257  # tokens that can be told apart
     block_size: int = 1024  # longest context, in tokens
@@ -49,10 +49,16 @@ class ModelConfig:
     head_size: int | None = None  # channels of a head; None: n_embd / n_head
     qk_norm: bool = False  # RMS-normalize queries and keys
     tie_embeddings: bool = True  # output layer = input embedding (Press & Wolf 2017)
+    causal: bool = True  # False: each token sees all others, as in an encoder
+    norm_first: bool = True  # False: normalize each sum, and not what is added
+    n_types: int = 0  # parts of a text that have an embedding of their own (BERT: 2); 0: none
+    head: str = "tokens"  # what the model gives a label: tokens | text | words (set by the task)
+    labels: tuple[str, ...] = ()  # their names, where they are no tokens (set by the dataset)
 
     def __post_init__(self):
         sizes = "vocab_size block_size n_layer n_head n_embd n_hidden n_kv_head head_size"
         require_at_least(self, 1, sizes)
+        require_at_least(self, 0, "n_types")
         require_fraction(self, "dropout")
         for key in ("norm_eps", "rope_theta"):
             if not getattr(self, key) > 0:
@@ -68,7 +74,7 @@ class ModelConfig:
     @staticmethod
     def choices() -> dict[str, Collection[str]]:
         """What the keys that name something may be."""
-        return {"norm": NORMS, "position": POSITIONS, "mlp": MLPS}
+        return {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "head": HEADS}
 
     def _fill_in(self):
         """Replace each None by what follows from other keys: a config says all of its shape."""
@@ -150,6 +156,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """x Phi(x) itself, as BERT has it (Hendrycks & Gimpel 2016, section 2)."""
+    return F.gelu(x)
+
+
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2 (So et al. 2021)."""
     return F.relu(x).square()
@@ -187,14 +198,16 @@ def sinusoids(length: int, n_embd: int) -> Tensor:
 NORMS = {"layer": layer_norm, "rms": rms_norm}
 MLPS = {
     "gelu": partial(MLP, activation=gelu),
+    "gelu_erf": partial(MLP, activation=gelu_erf),
     "swiglu": partial(GatedMLP, activation=F.silu),  # silu(x) = x sigmoid(x)
     "relu2": partial(MLP, activation=relu2),
 }
 POSITIONS = ("learned", "sinusoidal", "rotary")
+HEADS = ("tokens", "text", "words")
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each added to the residual stream after a norm of its input."""
+    """Attention, then an MLP, each added to the residual stream, with a norm before or after."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -206,19 +219,29 @@ class Block(nn.Module):
             head_size=config.head_size,
             bias=config.bias,
             dropout=config.dropout,
+            causal=config.causal,
             qk_norm=partial(RMSNorm, eps=config.norm_eps) if config.qk_norm else nn.Identity,
         )
         self.mlp_norm = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
+        self.norm_first = config.norm_first
 
     def residual_writers(self) -> tuple[nn.Linear, ...]:
         """The layers whose output is added to the residual stream; they start smaller."""
         return self.attn.out, self.mlp.down
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """x: (B, T, C) -> (B, T, C); angles and cache as in MultiHeadAttention."""
-        x = x + self.dropout(self.attn(self.attn_norm(x), angles=angles, cache=cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        """x: (B, T, C) -> (B, T, C); angles, cache and mask as in MultiHeadAttention."""
+        attn = partial(self.attn, angles=angles, cache=cache, mask=mask)
+        if self.norm_first:
+            x = x + self.dropout(attn(self.attn_norm(x)))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attn_norm(x + self.dropout(attn(x)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))

@@ -38,16 +38,25 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def projected_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None = None,
+    *,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """cross_entropy(x @ weight.T, targets), computed chunk logits at a time (at least a row).
+    """cross_entropy(x @ weight.T + bias, targets), computed chunk logits at a time (>= a row).
 
-    x: (B, T, C); weight: (V, C); targets: (B, T). Where all logits fit into one chunk, they are
-    simply computed; and in float16, whose gradients need the loss scaled up before they are made.
+    x: (B, T, C); weight: (V, C); targets: (B, T); bias: (V,). Where all logits fit into one chunk,
+    they are simply computed; and in float16, whose gradients need the loss scaled up before they
+    are made.
     """
     chunk = chunk or CHUNK.get(x.device.type, CHUNK["cpu"])
     if targets.numel() * len(weight) <= chunk or product_dtype(x) == torch.float16:
-        return cross_entropy(F.linear(x, weight), targets)
+        return cross_entropy(F.linear(x, weight, bias), targets)
+    if bias is not None:  # as the weights of one more channel, which is always 1
+        x = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)
+        weight = torch.cat((weight, bias[:, None]), dim=1)
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()  # asks for no gradients
     rows = max(1, chunk // len(weight))

@@ -6,6 +6,7 @@ vocabulary, nh heads, hs channels of a head.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -87,7 +88,12 @@ NORMS = Formulas(
 )
 
 # The activation of an MLP, and whether it has a gate.
-MLPS = Formulas(gelu=(gelu_tanh, False), swiglu=(silu, True), relu2=(relu2, False))
+MLPS = Formulas(
+    gelu=(gelu_tanh, False),
+    gelu_erf=(gelu_erf, False),
+    swiglu=(silu, True),
+    relu2=(relu2, False),
+)
 
 
 def mlp(x, params, kind):
@@ -194,10 +200,13 @@ def multi_head_attention(
 # The whole model
 
 
-def gpt_forward(params, config, ids):
-    """Logits (B, T, V) of ids (B, T): x += attention(norm x); x += mlp(norm x); head(norm x).
+def transformer(params, config, ids, mask=None, types=None, places=None):
+    """Logits: (B, T, V) of a decoder, and of an encoder that finds tokens (B, P, V).
 
-    params: the model's state dict as float64 arrays (GPT-2's layout, Radford et al. 2019).
+    x += attention(norm x); x += mlp(norm x) (GPT-2's layout, Radford et al. 2019); without
+    norm_first x = norm(x + attention(x)); x = norm(x + mlp(x)) (Vaswani et al. 2017). params: the
+    model's state dict as float64 arrays. mask, (B, T): which tokens are no padding.
+    places: (B, P).
     """
 
     def below(prefix):
@@ -207,21 +216,51 @@ def gpt_forward(params, config, ids):
     def norm(x, name):
         return NORMS[config.norm](x, below(name), config.norm_eps)
 
+    def add(x, change, name):
+        return x + change(norm(x, name)) if config.norm_first else norm(x + change(x), name)
+
     x = params["tokens.weight"][ids]
     x = x + POSITIONS[config.position](params, *x.shape[1:])
+    if config.n_types:
+        x = x + params["types.weight"][np.zeros_like(ids) if types is None else types]
+    if not config.norm_first:
+        x = norm(x, "embedding_norm")
     for i in range(config.n_layer):
-        x = x + multi_head_attention(
-            norm(x, f"blocks.{i}.attn_norm"),
-            below(f"blocks.{i}.attn"),
-            config.n_head,
-            config.n_kv_head,
-            config.head_size,
+        look = partial(
+            multi_head_attention,
+            params=below(f"blocks.{i}.attn"),
+            n_head=config.n_head,
+            n_kv_head=config.n_kv_head,
+            head_size=config.head_size,
+            causal=config.causal,
+            mask=None if mask is None else mask[:, None, None, :],
             rope_theta=config.rope_theta if config.position == "rotary" else None,
             norm_eps=config.norm_eps,
         )
-        x = x + mlp(norm(x, f"blocks.{i}.mlp_norm"), below(f"blocks.{i}.mlp"), config.mlp)
-    output = "tokens.weight" if config.tie_embeddings else "head.weight"
-    return linear(norm(x, "norm"), params[output])
+        think = partial(mlp, params=below(f"blocks.{i}.mlp"), kind=config.mlp)
+        x = add(add(x, look, f"blocks.{i}.attn_norm"), think, f"blocks.{i}.mlp_norm")
+    if config.norm_first:
+        x = norm(x, "norm")
+    return head(x, below, config, mask, places)
+
+
+def head(x, below, config, mask, places):
+    """What follows the last block: BERT's heads after post-norm blocks, otherwise EuroBERT's."""
+    if places is not None:
+        x = np.stack([row[at] for row, at in zip(x, places, strict=True)])
+    elif config.head == "text":
+        kept = np.ones(x.shape[:2], bool) if mask is None else mask
+        x = np.stack([row[own].mean(0) for row, own in zip(x, kept, strict=True)])[:, None]
+    first = below("transform.0")
+    if not config.causal and config.head == "text":
+        x = (gelu_erf if config.norm_first else np.tanh)(linear(x, **first))
+    if not config.causal and config.head == "tokens" and not config.norm_first:
+        x = gelu_erf(linear(x, **first))
+        x = NORMS[config.norm](x, below("transform.2"), config.norm_eps)
+    weights = below("head")
+    if config.head == "tokens" and config.tie_embeddings:
+        weights["weight"] = below("tokens")["weight"]
+    return linear(x, **weights)
 
 
 def cross_entropy(logits, targets):

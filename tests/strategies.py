@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from nanolm.layers import MLPS, NORMS, POSITIONS, ModelConfig
-from nanolm.model import GPT
+from nanolm.layers import HEADS, MLPS, NORMS, POSITIONS, ModelConfig
+from nanolm.model import build_model
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -46,8 +46,21 @@ def model_configs(draw, **fixed):
         "mlp": draw(st.sampled_from(list(MLPS))),
         "qk_norm": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()),
+        "norm_first": draw(st.booleans()),
     }
     return ModelConfig(**keys | fixed)
+
+
+def encoder_configs(**fixed):
+    """The same for encoders, with each head."""
+    kinds = st.fixed_dictionaries(
+        {"n_types": st.sampled_from([0, 3]), "head": st.sampled_from(HEADS)}
+    )
+    return kinds.flatmap(
+        lambda keys: model_configs(
+            causal=False, labels=("a", "b", "c") * (keys["head"] != "tokens"), **keys | fixed
+        )
+    )
 
 
 class Drawn(SimpleNamespace):
@@ -107,9 +120,9 @@ def scramble(module, seed, scale=0.3):
     return module
 
 
-def random_gpt(config, seed):
-    """A GPT in float64 and eval mode, with weights that are large enough to matter."""
-    return scramble(GPT(config).double().eval(), seed)
+def random_model(config, seed):
+    """A model in float64 and eval mode, with weights that are large enough to matter."""
+    return scramble(build_model(config).double().eval(), seed)
 
 
 def weights_of(module):

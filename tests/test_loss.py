@@ -78,8 +78,22 @@ def test_both_forms_of_the_loss_take_the_same_options_and_all_are_drawn_here(opt
         return set(inspect.signature(form).parameters) - set(others)
 
     plain = names(cross_entropy, "logits", "targets")
-    assert plain == names(projected_cross_entropy, "x", "weight", "targets", "chunk")
+    assert plain == names(projected_cross_entropy, "x", "weight", "targets", "chunk", "bias")
     assert plain == set(options)
+
+
+@given(seeds, SHARES, CHUNKS)
+@settings(deadline=None, max_examples=20)
+def test_a_bias_is_added_to_the_logits_of_every_chunk(seed, ignored, chunk):
+    x, weight = random_ends(seed)
+    bias = torch.randn(len(weight), generator=torch_seeded(seed), dtype=x.dtype)
+    ends, targets = [x, weight, bias.requires_grad_()], random_targets(seed, ignored)
+    found = projected_cross_entropy(x, weight, targets, chunk, bias=bias)
+    expected = cross_entropy(x @ weight.T + bias, targets)
+    assert_close(found, expected, 1e-12)
+    gradients = (torch.autograd.grad(loss, ends) for loss in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other, 1e-12)
 
 
 @given(seeds, SHARES, CHUNKS, OPTIONS)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -12,8 +13,9 @@ from reference import assert_close
 from strategies import (
     attention_by,
     both_paths,
+    encoder_configs,
     model_configs,
-    random_gpt,
+    random_model,
     random_tokens,
     scramble,
     seeds,
@@ -22,7 +24,7 @@ from strategies import (
 )
 
 from nanolm.layers import MLPS, POSITIONS, Block, GatedMLP, ModelConfig
-from nanolm.model import GPT, count_parameters, flops_per_token
+from nanolm.model import GPT, Encoder, build_model, count_parameters, flops_per_token
 
 TINY = ModelConfig(vocab_size=17, block_size=11, n_layer=2, n_head=2, n_embd=6)
 
@@ -40,14 +42,81 @@ def some_targets(config, seed, ignored=0.3):
     )
 
 
+def some_batch(config, seed):
+    """What forward takes, with all options of an encoder, and targets."""
+    targets = some_targets(config, seed)
+    batch = {"ids": random_tokens(config, seed)}
+    if config.causal:
+        return batch | {"targets": targets}
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, config.block_size + 1, 2)
+    batch["mask"] = torch.from_numpy(np.arange(config.block_size) < lengths[:, None])
+    if config.n_types:
+        batch["types"] = random_tokens(config, seed + 2) % config.n_types
+    n_places = 1 if config.head == "text" else 5
+    if config.head != "text" or random.random() < 0.5:
+        batch["places"] = torch.from_numpy(random.integers(lengths[:, None], size=(2, n_places)))
+    targets = targets[:, :n_places].clamp(max=max(2, len(config.labels) - 1))
+    return batch | {"targets": targets}
+
+
+def formula_of(model, batch):
+    """The logits of a batch by the NumPy twin."""
+    arrays = {name: array.numpy() for name, array in batch.items() if name != "targets"}
+    return reference.transformer(weights_of(model), model.config, **arrays)
+
+
+any_config = st.one_of(model_configs(), encoder_configs())
+
+
 # The whole
+
+
+@both_paths
+@given(encoder_configs(), seeds)
+@settings(deadline=None, max_examples=60)
+def test_an_encoder_is_its_formula(path, config, seed):
+    """With padding, types of tokens and places, for each head."""
+    model, batch = random_model(config, seed), some_batch(config, seed)
+    targets = batch.pop("targets")
+    with attention_by(path):
+        logits, _ = model(**batch)
+        _, loss = model(**batch, targets=targets)
+    expected = formula_of(model, batch)
+    assert_close(logits, expected, tolerance(config))
+    assert_close(loss, reference.cross_entropy(expected, targets.numpy()), tolerance(config))
+
+
+@both_paths
+@given(encoder_configs(), seeds, st.data())
+@settings(deadline=None, max_examples=40)
+def test_padding_never_changes_a_token(path, config, seed, data):
+    """Whatever stands there, bit for bit; and however much of it, up to the order of sums."""
+    model, batch = random_model(config, seed), some_batch(config, seed)
+    del batch["targets"]
+    other = batch | {"ids": torch.where(batch["mask"], batch["ids"], (batch["ids"] + 1) % 17)}
+    n = data.draw(st.integers(int(batch["mask"].sum(dim=1).max()), config.block_size))
+    shorter = {k: t if k == "places" else t[:, :n] for k, t in batch.items()}
+    with attention_by(path):
+        logits, changed, cut = (model(**which)[0] for which in (batch, other, shorter))
+    assert torch.equal(logits, changed)
+    assert_close(cut, logits, 1e-12)
+
+
+def test_an_encoder_looks_ahead_and_a_decoder_does_not():
+    ids = random_tokens(TINY, 0)
+    later = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % 17), dim=1)
+    for causal in (False, True):
+        model = random_model(dataclasses.replace(TINY, causal=causal), 0)
+        assert isinstance(model, GPT if causal else Encoder)
+        assert torch.equal(model(ids)[0][:, 0], model(later)[0][:, 0]) == causal
 
 
 @both_paths
 @given(model_configs(), seeds, st.data())
 @settings(deadline=None, max_examples=40)
 def test_logits_and_loss_are_their_formula(path, config, seed, data):
-    model = random_gpt(config, seed)
+    model = random_model(config, seed)
     length = data.draw(st.integers(1, config.block_size))
     ids, targets = random_tokens(config, seed, length=length), some_targets(config, seed)
     targets = targets[:, :length]
@@ -57,7 +126,7 @@ def test_logits_and_loss_are_their_formula(path, config, seed, data):
     assert no_loss is None
     assert no_logits is None
     assert loss.dtype == torch.float64  # narrower only where the model is
-    expected = reference.gpt_forward(weights_of(model), config, ids.numpy())
+    expected = reference.transformer(weights_of(model), config, ids.numpy())
     assert_close(logits, expected, tolerance(config))
     assert_close(loss, reference.cross_entropy(expected, targets.numpy()), tolerance(config))
 
@@ -79,21 +148,20 @@ def test_changing_the_future_never_changes_the_past(path, config, seed, data):
 
 
 @both_paths
-@given(model_configs(), seeds)
-@settings(deadline=None, max_examples=15)
+@given(any_config, seeds)
+@settings(deadline=None, max_examples=25)
 def test_the_gradient_is_the_slope_of_the_loss(path, config, seed):
     """Along random directions: (f(w + h d) - f(w - h d)) / 2h = gradient . d."""
-    model = random_gpt(config, seed)
-    ids, targets = random_tokens(config, seed), some_targets(config, seed)
+    model, batch = random_model(config, seed), some_batch(config, seed)
     weights, generator, h = list(model.parameters()), torch_seeded(seed), 1e-6
 
     def loss_after(moves):
         for w, move in zip(weights, moves, strict=True):
             w.data += move
-        return model(ids, targets)[1]
+        return model(**batch)[1]
 
     with attention_by(path):
-        gradient = torch.autograd.grad(model(ids, targets)[1], weights)
+        gradient = torch.autograd.grad(model(**batch)[1], weights, materialize_grads=True)
         for _ in range(2):
             d = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
             above = loss_after([h * x for x in d])
@@ -104,16 +172,15 @@ def test_the_gradient_is_the_slope_of_the_loss(path, config, seed):
 
 
 @both_paths
-@given(model_configs(), seeds)
-@settings(deadline=None, max_examples=15)
+@given(any_config, seeds)
+@settings(deadline=None, max_examples=25)
 def test_half_precision_gives_an_fp32_loss_near_the_exact_one(path, config, seed):
     """Under autocast as in training, where matrices are bf16 and norms may answer in fp32."""
-    model = scramble(GPT(config), seed, scale=0.05)
-    ids, targets = random_tokens(config, seed), some_targets(config, seed)
+    model, batch = scramble(build_model(config), seed, scale=0.05), some_batch(config, seed)
     with attention_by(path):
-        exact = model(ids, targets)[1]
+        exact = model(**batch)[1]
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(ids, targets)[1]
+            loss = model(**batch)[1]
         loss.backward()
     assert loss.dtype == torch.float32
     assert_close(loss, exact, 0.03)
@@ -128,7 +195,7 @@ def test_half_precision_gives_an_fp32_loss_near_the_exact_one(path, config, seed
 @settings(deadline=None, max_examples=40)
 def test_a_cache_changes_no_logit_however_the_sequence_is_split(path, config, seed, data):
     """Prefill in one piece or several, then single steps, or any mixture of them."""
-    model = random_gpt(config, seed)
+    model = random_model(config, seed)
     ids, cache, parts = random_tokens(config, seed), model.new_cache(), []
     with attention_by(path):
         whole, _ = model(ids)
@@ -172,10 +239,21 @@ def expected_shapes(config):
         block |= {f"attn.{x}_norm.weight": (config.head_size,) for x in "qk"}
     norm = ["weight", "bias"] if config.bias and config.norm == "layer" else ["weight"]
     block |= {f"{x}_norm.{w}": (C,) for x in ("attn", "mlp") for w in norm}
-    shapes = {"tokens.weight": (V, C), "head.weight": (V, C)}
+    n = V if config.head == "tokens" else len(config.labels)
+    shapes = {"tokens.weight": (V, C), "head.weight": (n, C)}
+    if config.head != "tokens" or (config.bias and not config.causal):
+        shapes["head.bias"] = (n,)
+    if config.n_types:
+        shapes["types.weight"] = (config.n_types, C)
+    bert = not config.norm_first
+    if not config.causal and (config.head == "text" or (config.head == "tokens" and bert)):
+        shapes |= {"transform.0.weight": (C, C), "transform.0.bias": (C,)}
+        if config.head == "tokens":
+            shapes |= {f"transform.2.{w}": (C,) for w in norm}
     if config.position == "learned":
         shapes["positions.weight"] = (config.block_size, C)
-    shapes |= {f"norm.{w}": (C,) for w in norm}
+    last = "norm" if config.norm_first else "embedding_norm"
+    shapes |= {f"{last}.{w}": (C,) for w in norm}
     for i in range(config.n_layer):
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     return shapes
@@ -183,13 +261,14 @@ def expected_shapes(config):
 
 def expected_count(config):
     total = sum(math.prod(shape) for shape in expected_shapes(config).values())
-    return total - config.tie_embeddings * config.vocab_size * config.n_embd
+    tied = config.tie_embeddings and config.head == "tokens"
+    return total - tied * config.vocab_size * config.n_embd
 
 
-@given(model_configs())
-@settings(deadline=None, max_examples=40)
+@given(any_config)
+@settings(deadline=None, max_examples=60)
 def test_the_config_alone_says_which_weights_there_are(config):
-    model = GPT(config)
+    model = build_model(config)
     shapes = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     assert shapes == expected_shapes(config)
     assert count_parameters(model) == expected_count(config)

@@ -35,13 +35,15 @@ class Family:
     splits_evenly: bool = True  # n_head has to divide n_embd
 
 
+DECODER = {"causal": True, "norm_first": True, "n_types": 0, "head": "tokens", "labels": ()}
+
 # A row for each module: our name (N is the number of the layer; q+k+v are stacked into one), its
 # own, and remarks: whether it has a bias (always, or by which key), whether its weight is
 # transposed. A row of a module that a model does not have is passed over.
 
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
-    shape={"norm": "layer", "position": "learned", "mlp": "gelu", "qk_norm": False},
+    shape={**DECODER, "norm": "layer", "position": "learned", "mlp": "gelu", "qk_norm": False},
     keys={
         "vocab_size": "vocab_size",
         "block_size": "n_positions",
@@ -78,7 +80,7 @@ GPT2 = Family(
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
-    shape={"norm": "rms", "position": "rotary", "mlp": "swiglu", "qk_norm": False},
+    shape={**DECODER, "norm": "rms", "position": "rotary", "mlp": "swiglu", "qk_norm": False},
     keys={
         "vocab_size": "vocab_size",
         "block_size": "max_position_embeddings",

@@ -156,6 +156,8 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{key}={value!s:.20}: must be a finite number, at most {largest:.3g}")
     if type(value) in choices:
         return value
+    if type(value) is list and tuple in choices:  # JSON has no tuples
+        return tuple(value)
     if isinstance(value, float) and value.is_integer() and int in choices:
         return int(value)
     if type(value) is int and float in choices:

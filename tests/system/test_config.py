@@ -562,7 +562,8 @@ def class_of(script):
 
 def test_help_lists_the_choices_from_the_tables_that_the_code_uses(monkeypatch):
     monkeypatch.setitem(MLPS, "brand-new", MLPS["gelu"])
-    assert re.search(r"--mlp .*: gelu \| swiglu \| relu2 \| brand-new \[", help_text(TrainConfig))
+    listed = r"--mlp .*: gelu \| gelu_erf \| swiglu \| relu2 \| brand-new \["
+    assert re.search(listed, help_text(TrainConfig))
     for key, table in TrainConfig.choices().items():
         assert re.search(rf"--{key} .*: {re.escape(' | '.join(table))} \[", help_text(TrainConfig))
 
