@@ -19,7 +19,7 @@ from nanolm.runs.load import load_model
 from nanolm.sampling import check_generation_options, until
 from nanolm.system.config import load_config
 from nanolm.system.script import run_script
-from nanolm.tasks.causal import CausalTask
+from nanolm.tasks.table import task_of
 from nanolm.text.documents import read_text
 
 
@@ -91,13 +91,16 @@ def main(arguments: list[str]) -> None:
     tokenizer.encode(prompt, allowed_special="all")  # wrong characters show before the first line
     print(f"sampling from {origin}, {engine.device} {engine.dtype}", file=sys.stderr)
     keys = ("max_new_tokens", "temperature", "top_k", "top_p")
+    task = task_of(model.config)
     options = {key: getattr(config, key) for key in keys}
     options["generator"] = torch.Generator(engine.device).manual_seed(config.seed)
     with engine.autocast():
-        for first in range(0, config.num_samples, config.batch_size):
-            n = min(config.batch_size, config.num_samples - first)
-            for pieces in CausalTask.answer(model, tokenizer, prompt, n=n, **options):
-                print(prompt, end="", flush=True)
+        n_texts = config.num_samples if task.continues else 1  # there is one answer
+        for first in range(0, n_texts, config.batch_size):
+            n = min(config.batch_size, n_texts - first)
+            for pieces in task.answer(model, tokenizer, prompt, n=n, **options):
+                if task.continues:
+                    print(prompt, end="", flush=True)
                 for piece in until(pieces, config.stop):
                     print(piece, end="", flush=True)
                 print("\n---------------")

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from nanolm.loss import NO_TARGET
+from nanolm.loss import NO_TARGET, cross_entropy
 
 
 def loss_counts(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -25,9 +25,20 @@ def loss_counts(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack((loss * n, n))
 
 
+def accuracy_counts(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The same two, and how often the likeliest token or label is the target: (3,)."""
+    targets = batch["targets"]
+    logits, _ = model(**{name: array for name, array in batch.items() if name != "targets"})
+    n, hits = (targets != NO_TARGET).sum(), (logits.argmax(dim=-1) == targets).sum()
+    return torch.stack((cross_entropy(logits, targets) * n, n, hits))
+
+
 def mean_loss(counts: Tensor) -> float:
-    """The loss in nats per token, from sums of loss_counts. Raises ValueError without targets."""
-    total, n = counts.tolist()
+    """The loss in nats per target, from sums that begin with those of loss_counts.
+
+    Raises ValueError without targets.
+    """
+    total, n = counts[:2].tolist()
     if not n:
         raise ValueError("nothing to evaluate: no batch has a target")
     return total / n

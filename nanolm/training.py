@@ -67,7 +67,7 @@ class TrainState:
     scaler: torch.amp.GradScaler = field(default_factory=lambda: grad_scaler(CPU))
     step: int = 0  # updates made
     evaluated: int = -1  # the last step at which the model was evaluated
-    best_val_loss: float | None = None  # of all evaluations after step 0
+    best: float | None = None  # of all evaluations after step 0: the score; lower is better
     skipped: int = 0  # non-finite updates in a row, up to now
 
     def __post_init__(self):
@@ -82,7 +82,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "evaluated": self.evaluated,
-            "best_val_loss": self.best_val_loss,
+            "best": self.best,
             "skipped": self.skipped,
         }
 
@@ -99,7 +99,8 @@ class TrainState:
         if checkpoint["scaler"]:  # empty where the run was not in fp16 before
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.evaluated = checkpoint["step"], checkpoint["evaluated"]
-        self.best_val_loss, self.skipped = checkpoint["best_val_loss"], checkpoint["skipped"]
+        self.best = checkpoint.get("best", checkpoint.get("best_val_loss"))  # its older name
+        self.skipped = checkpoint["skipped"]
 
 
 def dropout_seed(seed: int, step: int, micro_step: int) -> int:

@@ -37,6 +37,9 @@ TINY = [
     "--compile=false",
 ]
 
+# The flags for each other task.
+TASKS = {"masked": ["--task=masked", "--dataset=words"]}
+
 # More threads only wait for each other on models this small, here and in child processes.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -103,13 +106,18 @@ def tiny_text() -> str:
 
 @pytest.fixture(scope="session")
 def trained_place(tmp_path_factory, tiny_text) -> Path:
-    """A folder with text.txt, data/tiny and out/tiny, a run of four updates. Not to be changed."""
+    """A folder with text.txt, data/tiny, data/words (the same in BPE), and a run, out/tiny.
+
+    Not to be changed. The run has made four updates.
+    """
     place = tmp_path_factory.mktemp("trained")
     (place / "text.txt").write_text(tiny_text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.chdir(place)
         assert run_here("prepare", "tiny", "--input", "text.txt") == 0, said.getvalue()
         assert run_here("train", *TINY, "--out_dir=out/tiny") == 0, said.getvalue()
+        words = ("words", "--input", "text.txt", "--tokenizer=bpe:280")
+        assert run_here("prepare", *words) == 0, said.getvalue()
     return place
 
 

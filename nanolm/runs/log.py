@@ -118,11 +118,10 @@ class Log:
         self._write({"step": step, **scores})
 
     def best(self) -> dict | None:
-        """The evaluation with the lowest validation loss, but for that of step 0."""
+        """The evaluation that best_by finds best, but for that of step 0."""
         rows = [row for row in read_metrics(self.path) if row.get("val_loss") is not None]
-        return min(
-            (row for row in rows if row["step"] > 0), key=lambda row: row["val_loss"], default=None
-        )
+        rows = [row for row in rows if row["step"] > 0]
+        return min(rows, key=self.config.score_of, default=None)
 
     def _write(self, row: dict) -> None:
         plain = {key: n if math.isfinite(n) else None for key, n in row.items()}  # JSON has no NaN

@@ -188,16 +188,16 @@ class Run:
         state.evaluated = state.step
         if self.log:
             self.log.evaluation(state.step, scores, seconds=time.perf_counter() - started)
-        loss = scores["val_loss"]
-        if not math.isfinite(loss):
+        score = self.config.score_of(scores)
+        if not math.isfinite(score):
             if state.step >= self.config.max_iters:
                 raise NotFinite("the last evaluation's loss is not finite")
             print("warning   the loss is not finite: no checkpoint is written", flush=True)
             return
         if state.step > 0:
-            best = state.best_val_loss is None or loss < state.best_val_loss
+            best = state.best is None or score < state.best
             if best:
-                state.best_val_loss = loss
+                state.best = score
             broadcast(self.world, lambda: self.save(best=best))
         if self.world.leads:
             self.show()
@@ -240,7 +240,7 @@ class Run:
                 raise Stopped(number)
 
     def show(self) -> None:
-        """Redraw the loss, and print how the model writes now."""
+        """Redraw the loss, and print what the model does now."""
         size = count_parameters(self.state.model)
         title = f"{self.folder.name}: {self.config.dataset}, {size:,} parameters"
         try:
@@ -248,20 +248,17 @@ class Run:
         except Exception as error:  # whatever it is, it is no reason to end a run
             print(f"warning   no picture of the loss: {error}")
         if self.config.sample_tokens:
-            lines = [f"    | {line}" for line in self.sample().split("\n")]
-            print("\n".join(("    the model writes:", *lines)), flush=True)
+            title, text = self.sample()
+            lines = [f"    | {line}" for line in text.split("\n")]
+            print("\n".join((f"    {title}:", *lines)), flush=True)
 
-    def sample(self) -> str:
-        """How the model begins a document now; with characters, a line."""
+    def sample(self) -> tuple[str, str]:
+        """A title, and a text that shows what the model does now (see the task's show)."""
         model = self.state.model.eval()
-        [pieces] = self.task.answer(
-            model,
-            self.dataset.tokenizer,
-            "",
-            max_new_tokens=self.config.sample_tokens,
-            temperature=0.8,
-            generator=torch.Generator(self.engine.device).manual_seed(self.config.seed),
+        generator = torch.Generator(self.engine.device).manual_seed(self.config.seed)
+        title, pieces = self.task.show(
+            model, self.dataset, tokens=self.config.sample_tokens, generator=generator
         )
         text = "".join(takewhile(lambda _: not self.signals, pieces))
         model.train()
-        return text.strip("\n")
+        return title, text.strip("\n")

@@ -7,7 +7,7 @@ mean here what they mean there. `python train.py --help` prints this table.
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 
-from nanolm.layers import ModelConfig, require_at_least, require_fraction
+from nanolm.layers import ModelConfig, require_at_least, require_choice, require_fraction
 from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nanolm.runs.processes import BACKENDS
 from nanolm.tasks.table import TASKS
@@ -31,6 +31,7 @@ class TrainConfig(ModelConfig):
     sample_tokens: int = 200  # length of the sample printed at each evaluation; 0: none
     always_save_checkpoint: bool = True  # False: keep only the newest step file, beside best.pt
     keep_checkpoints: int = 2  # step files that are kept
+    best_by: str = "loss"  # the score of val that chooses best.pt: loss, or one of the task's
     wandb_log: bool = False  # also log to Weights & Biases
     wandb_project: str = "nanolm"  # its project
     wandb_run_name: str | None = None  # its run; None: the name of out_dir
@@ -38,6 +39,7 @@ class TrainConfig(ModelConfig):
     dataset: str = "openwebtext"  # folder in data/
     batch_size: int = 12  # sequences per micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches per update
+    mask_fraction: float = 0.15  # masked: of the tokens, how many are hidden and guessed
     seed: int = 1337  # of weights, data order and dropout
     # optimizer
     optimizer: str = "adamw"  # what turns gradients into steps
@@ -71,7 +73,8 @@ class TrainConfig(ModelConfig):
             raise ValueError(
                 f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}"
             )
-        require_fraction(self, "beta1 beta2")
+        require_fraction(self, "beta1 beta2 mask_fraction")
+        require_choice("best_by", self.best_by, ("loss", *TASKS[self.task].best_by))
         if self.pretrained and self.init_from not in ("auto", "resume"):
             raise ValueError(
                 f"pretrained={self.pretrained!r} goes with --init_from=auto, and init_from is "
@@ -87,6 +90,10 @@ class TrainConfig(ModelConfig):
     @property
     def tokens_per_update(self) -> int:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
+    def score_of(self, scores: dict[str, float]) -> float:
+        """The number by which an evaluation is the best one: the lowest."""
+        return scores["val_loss"] if self.best_by == "loss" else -scores[self.best_by]
 
     def model_config(self) -> ModelConfig:
         """The model's part of the keys."""
@@ -111,6 +118,7 @@ class TrainConfig(ModelConfig):
 MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 # What two models must share to share their weights.
 SHAPE_KEYS = tuple(key for key in MODEL_KEYS if key != "dropout")
+HEAD_KEYS = ("head", "labels")  # those of its shape that another task changes
 DERIVED_KEYS = ("n_hidden", "head_size", "n_kv_head")  # from n_embd and n_head, unless given
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from nanolm.hub.names import is_hub_name
-from nanolm.model import GPT, flops_per_token
+from nanolm.model import Transformer, flops_per_token
 from nanolm.optim import OPTIMIZERS, parameter_groups
 from nanolm.parallel import World
 from nanolm.precision import Engine, Hardware, choose_engine, find_hardware
@@ -31,10 +31,15 @@ from nanolm.runs.log import evaluation_line
 from nanolm.runs.prepare import find_dataset
 from nanolm.runs.processes import all_or_none, broadcast, find_world, joined, own_gpu
 from nanolm.runs.run import Run
-from nanolm.runs.settings import DERIVED_KEYS, SHAPE_KEYS, TrainConfig, model_config_of
-from nanolm.tasks.table import make_task
+from nanolm.runs.settings import DERIVED_KEYS, HEAD_KEYS, SHAPE_KEYS, TrainConfig, model_config_of
+from nanolm.tasks.table import TASKS, make_task
 from nanolm.text.data import Dataset
-from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from nanolm.text.tokenizer import (
+    TOKENIZER_FILE,
+    Tokenizer,
+    load_tokenizer,
+    same_but_for_the_mask,
+)
 from nanolm.training import TrainState, grad_scaler, warm_up_ddp
 
 
@@ -45,6 +50,7 @@ class Start:
     source: str | None = None  # the other model
     resumes: bool = False
     checkpoint: dict | None = None  # of another model: its weights and its config, no more
+    tokenizer: Tokenizer | None = None  # of what the weights or the checkpoint come from
 
     def words(self, step: int) -> str:
         """Where the run starts from, for the console."""
@@ -100,14 +106,7 @@ def open_data(config: TrainConfig, world: World) -> tuple[TrainConfig, Dataset]:
     config = broadcast(world, lambda: config)  # that of process 0 counts for all
     broadcast(world, lambda: find_dataset(config.dataset).meta)  # the others wait for its files
     with all_or_none(world):
-        dataset = find_dataset(config.dataset)
-        n = dataset.tokenizer.vocab_size
-        if config.vocab_size not in (None, n):
-            raise ValueError(
-                f"vocab_size={config.vocab_size}: the tokenizer of {dataset.folder} has {n} "
-                "tokens; choose the dataset of this model, or leave this key out"
-            )
-        config = replace(config, vocab_size=n)
+        config, dataset = fit_to_task(config, find_dataset(config.dataset))
         text = dataset.meta["train"]["sha256"]
     first = broadcast(world, lambda: text)
     with all_or_none(world):
@@ -117,6 +116,24 @@ def open_data(config: TrainConfig, world: World) -> tuple[TrainConfig, Dataset]:
                 "copy the folder from there"
             )
     return config, dataset
+
+
+def fit_to_task(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dataset]:
+    """The config with the keys that follow from task and dataset, which the task may complete."""
+    task = TASKS[config.task]
+    if dataset.meta["task"] != task.reads:
+        raise ValueError(
+            f"task={config.task!r} and {dataset.folder}, which is prepared for "
+            f"{dataset.meta['task']!r}: choose another --dataset, or another --task"
+        )
+    dataset, keys = task.fit(dataset)
+    for key, value in keys.items():
+        if getattr(config, key) not in (getattr(TrainConfig, key), value):
+            raise ValueError(
+                f"{key}={getattr(config, key)}: task={config.task!r} with {dataset.folder} asks "
+                f"for {value!r}; choose the dataset of this model, or leave this key out"
+            )
+    return replace(config, **keys), dataset
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
@@ -161,14 +178,18 @@ def start_from_checkpoint(folder: Path, dataset: Dataset) -> Start:
             f"{folder} has lost its {TOKENIZER_FILE}: copy it there from {dataset.folder}, if "
             "that is the dataset it was trained on"
         )
-    check_tokenizer(load_tokenizer(folder / TOKENIZER_FILE), dataset, folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    check_tokenizer(tokenizer, dataset, folder)
     if content["text"] != dataset.meta["train"]["sha256"]:
         print(f"changed   the text in {dataset.folder}: another one before")
-    return Start(resumes=True, checkpoint=content)
+    return Start(resumes=True, checkpoint=content, tokenizer=tokenizer)
 
 
 def start_from_weights(source: str, dataset: Dataset) -> Start:
-    """Begin with the weights of a trained model: a run's, a folder's, or one of the hub."""
+    """Begin with the weights of a trained model: a run's, a folder's, or one of the hub.
+
+    It may know a mask that the dataset does not.
+    """
     if not (source and Path(source).is_dir()) and not is_hub_name(source):
         raise ValueError(
             f"init_from={source!r}: choose scratch, resume, auto, the folder of a model, gpt2, or "
@@ -176,12 +197,13 @@ def start_from_weights(source: str, dataset: Dataset) -> Start:
         )
     model, tokenizer, _ = load_model(source)
     check_tokenizer(tokenizer, dataset, source)
-    return Start(source, checkpoint={"model": model.state_dict(), "config": asdict(model.config)})
+    content = {"model": model.state_dict(), "config": asdict(model.config)}
+    return Start(source, checkpoint=content, tokenizer=tokenizer)
 
 
 def check_tokenizer(tokenizer: Tokenizer, dataset: Dataset, name: str | Path) -> None:
     """Raise ValueError where the model was trained on other ids than the dataset's."""
-    if tokenizer != dataset.tokenizer:
+    if not same_but_for_the_mask(tokenizer, dataset.tokenizer):
         raise ValueError(
             f"{name} was trained with another tokenizer than that of {dataset.folder}: choose the "
             f"--dataset it knows, or prepare the text for it: prepare.py NAME --tokenizer={name}"
@@ -197,6 +219,7 @@ def make_ready(config: TrainConfig, dataset: Dataset, world: World, start: Start
     hardware = broadcast(world, find_hardware)  # one choice for all, also on unlike machines
     with all_or_none(world):
         config = fit_to_start(config, start)
+        dataset = replace(dataset, tokenizer=start.tokenizer or dataset.tokenizer)
         task = make_task(config)
         torch.manual_seed(config.seed)
         model = task.model(config.model_config())
@@ -205,8 +228,7 @@ def make_ready(config: TrainConfig, dataset: Dataset, world: World, start: Start
         if start.resumes:
             state.load_state_dict(start.checkpoint)
         elif start.checkpoint:
-            weights = start.checkpoint["model"]
-            state.model.load_state_dict(cut_positions(weights, config.block_size))
+            load_weights(state.model, **start.checkpoint)
         run = Run(config, Path(config.out_dir), dataset, task, engine, state, world)
         next(run.micro_batches(state.step))  # wrong data shows before anything is written
     return run
@@ -231,7 +253,7 @@ def fit_to_start(config: TrainConfig, start: Start) -> TrainConfig:
     changed = {key for key in new if key in old and old[key] != new[key]}
     wrong = [
         f"{key} is {old[key]!r} there and {new[key]!r} here"
-        for key in (*SHAPE_KEYS, "optimizer", "task")
+        for key in (*SHAPE_KEYS, "optimizer", "task", "best_by")
         if key in changed and not (key in DERIVED_KEYS and "n_embd" in changed)
     ]
     if wrong:
@@ -250,10 +272,19 @@ def fit_to_start(config: TrainConfig, start: Start) -> TrainConfig:
 def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:
     """The config with the shape of the model whose weights it starts from.
 
-    Only its context may be shorter.
+    Only its context may be shorter, and its head another.
     """
-    shape = asdict(model_config_of(old))
-    taken = {key: shape[key] for key in SHAPE_KEYS if shape[key] != getattr(config, key)}
+    shape, causal = asdict(model_config_of(old)), TASKS[config.task].causal
+    if causal not in (None, shape["causal"]):
+        kinds = {True: "a decoder", False: "an encoder"}
+        raise ValueError(
+            f"{source} is {kinds[not causal]}, and task={config.task!r} trains {kinds[causal]}: "
+            "begin with another model, or with --init_from=scratch"
+        )
+    keys = set(SHAPE_KEYS).difference(HEAD_KEYS)
+    taken = {
+        key: shape[key] for key in shape if key in keys and shape[key] != getattr(config, key)
+    }
     if config.block_size < shape["block_size"]:
         del taken["block_size"]
         print(f"block     cut to {config.block_size} tokens, of {shape['block_size']}")
@@ -262,15 +293,24 @@ def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:
     return replace(config, **taken)
 
 
-def cut_positions(weights: dict[str, torch.Tensor], block_size: int) -> dict[str, torch.Tensor]:
-    """The weights of a model with a context that is no longer than block_size."""
-    return {
-        name: weight[:block_size] if name == "positions.weight" else weight
-        for name, weight in weights.items()
-    }
+def load_weights(into: Transformer, *, model: dict[str, torch.Tensor], config: dict) -> None:
+    """Load another model's weights: no more positions than fit, and no head of another kind.
+
+    model, config: its weights and the keys of its shape.
+    """
+    own, shape = into.state_dict(), into.config
+    weights = {name: model[name][: len(own[name])] for name in own if name in model}
+    if any(config[key] != getattr(shape, key) for key in HEAD_KEYS):
+        print(f"head      fresh: {len(shape.labels) or 'tokens and no'} labels")
+        weights |= {name: own[name] for name in own if name.startswith(("head.", "transform."))}
+    if shape.head == "tokens" and shape.tie_embeddings:
+        weights["head.weight"] = weights["tokens.weight"]
+    into.load_state_dict(weights)
 
 
-def run_engine(config: TrainConfig, model: GPT, hardware: Hardware, start: Start) -> Engine:
+def run_engine(
+    config: TrainConfig, model: Transformer, hardware: Hardware, start: Start
+) -> Engine:
     """The engine that config and hardware give; auto keeps what it chose for the run before."""
     asked = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
     if start.resumes:
@@ -284,7 +324,7 @@ def run_engine(config: TrainConfig, model: GPT, hardware: Hardware, start: Start
     return choose_engine(hardware, **asked, flops=flops)
 
 
-def build_state(config: TrainConfig, model: GPT, engine: Engine) -> TrainState:
+def build_state(config: TrainConfig, model: Transformer, engine: Engine) -> TrainState:
     """The model on its device, with its optimizer, before the first update."""
     if engine.device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32

@@ -3,6 +3,7 @@
 A task is a small frozen dataclass of the keys that it needs, and says:
 
     prepare            how documents become arrays on disk
+    fit                the dataset as the task sees it, and the keys that it asks of a model
     batch              micro-batch number i of a run, a dict of arrays: "targets", and what else
                        the model's forward takes
     evaluation         the batches of an evaluation, and evaluation_size how many they are
@@ -10,6 +11,7 @@ A task is a small frozen dataclass of the keys that it needs, and says:
     tally, score       counts that add up over batches and processes; what they mean, loss first
     baselines          losses of models that have learned nothing
     answer             what sample.py shows
+    show               what the model does now, for the console
 
-What enters is one file, and one line in table.py.
+What enters is one file, and one line in table.py; and scores.py, which counts.
 """

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ class CausalTask:
     prepare = staticmethod(write_dataset)
     model = staticmethod(build_model)
     tally = staticmethod(loss_counts)
+    continues: ClassVar[bool] = True  # whether an answer goes on with the text that it is given
+    reads: ClassVar[str] = "causal"  # the task that its datasets are prepared for
+    causal: ClassVar[bool | None] = True  # which models it trains; None: decoders and encoders
+    best_by: ClassVar[tuple[str, ...]] = ()  # scores by which a checkpoint may be the best
+
+    @classmethod
+    def fit(cls, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
+        """The dataset as the task sees it, and the keys of the model that it asks for."""
+        vocab_size = dataset.tokenizer.vocab_size
+        return dataset, {"vocab_size": vocab_size, "causal": cls.causal, "head": "tokens"}
 
     @property
     def shape(self) -> dict[str, int]:
@@ -73,7 +84,7 @@ class CausalTask:
     def answer(
         model: GPT,
         tokenizer: Tokenizer,
-        text: str,
+        text: str = "",
         *,
         n: int = 1,
         generator: torch.Generator | None = None,
@@ -89,6 +100,14 @@ class CausalTask:
         rows = rows_of(generate(model, prompt, **options, generator=generator), n)
         end = tokenizer.end_of_text
         return [stream_text(tokenizer, takewhile(lambda i: i != end, row)) for row in rows]
+
+    def show(
+        self, model: GPT, dataset: Dataset, *, tokens: int, generator: torch.Generator
+    ) -> tuple[str, Iterator[str]]:
+        """How the model begins a document now; with characters, a line."""
+        options = {"max_new_tokens": tokens, "temperature": 0.8, "generator": generator}
+        [pieces] = self.answer(model, dataset.tokenizer, **options)
+        return "the model writes", pieces
 
 
 def opening(tokenizer: Tokenizer) -> list[int]:

@@ -3,9 +3,16 @@
 from dataclasses import fields
 from typing import Any
 
+from nanolm.layers import ModelConfig
 from nanolm.tasks.causal import CausalTask
+from nanolm.tasks.masked import MaskedTask
 
-TASKS = {"causal": CausalTask}
+TASKS = {"causal": CausalTask, "masked": MaskedTask}
+
+
+def task_of(model: ModelConfig) -> type[CausalTask]:
+    """The task that a model with that head is trained for."""
+    return CausalTask if model.causal else MaskedTask
 
 
 def make_task(config: Any) -> CausalTask:

@@ -129,6 +129,12 @@ class BPETokenizer:
             ) from None
         return cls(ranks, {END_OF_TEXT: len(ranks)}, name="gpt2")
 
+    def with_special(self, token: str) -> "BPETokenizer":
+        """The same tokenizer with one special token more, which gets the next id."""
+        special = self.special_tokens | {token: self.vocab_size}
+        options = {"pattern": self.pattern, "end_token": self.end_token}
+        return BPETokenizer(self.ranks, special, normal_form=self.normal_form, **options)
+
     @property
     def vocab_size(self) -> int:
         return len(self.ranks) + len(self.special_tokens)

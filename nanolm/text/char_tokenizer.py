@@ -35,6 +35,12 @@ class CharTokenizer:
             characters.update(text)
         return cls(characters)
 
+    def with_special(self, token: str) -> "CharTokenizer":
+        """Raises ValueError: there are characters alone."""
+        raise ValueError(
+            f"characters have no token for {token}: prepare the text with --tokenizer=bpe:1024"
+        )
+
     @property
     def vocab_size(self) -> int:
         return len(self.characters)

@@ -35,6 +35,12 @@ class PretrainedTokenizer:
 
     kind = "pretrained"
 
+    def with_special(self, token: str) -> "PretrainedTokenizer":
+        """The same tokenizer with one special token more, which gets the next id."""
+        pipeline = package().Tokenizer.from_str(self.pipeline)
+        pipeline.add_special_tokens([token])
+        return PretrainedTokenizer(pipeline.to_str(), self.end_token)
+
     @property
     def name(self) -> str:
         """What is said of it where datasets and models do not fit together."""

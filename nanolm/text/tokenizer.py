@@ -42,6 +42,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path} {what}: prepare the text again, or name another") from None
 
 
+MASKS = ("<|mask|>", "[MASK]", "<mask>")  # ours, and those of others
+
+
+def mask_of(tokenizer: Tokenizer) -> int | None:
+    """The id of the token that stands for a hidden one, if there is one."""
+    special = tokenizer.special_tokens
+    return next((special[name] for name in MASKS if name in special), None)
+
+
+def with_mask(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, or with one token more, for the mask."""
+    return tokenizer if mask_of(tokenizer) is not None else tokenizer.with_special(MASKS[0])
+
+
+def same_but_for_the_mask(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers give all texts the same ids; one of them may have a mask."""
+    if one == other or mask_of(one) == mask_of(other):
+        return one == other
+    bare = one if mask_of(one) is None else other
+    return bare.kind != CharTokenizer.kind and with_mask(bare) in (one, other)
+
+
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids that arrive one by one, as soon as each character is complete.
 

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from children import end, run_train, start_ranks
-from conftest import TINY
+from conftest import TASKS, TINY
 from outcomes import cut
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -135,12 +135,18 @@ def assert_close(a: list[float], b: list[float], tolerance: float = 1e-5) -> Non
 
 
 @pytest.mark.parametrize(
-    ("size", "optimizer"), [(2, "muon"), (3, "muon"), (4, "muon"), (2, "adamw")]
+    ("size", "keys"),
+    [
+        *((size, ["--optimizer=muon"]) for size in (2, 3, 4)),
+        (2, ["--optimizer=adamw"]),
+        *product((2, 4), TASKS.values()),
+    ],
+    ids=str,
 )
-def test_many_processes_learn_what_one_does(size, optimizer):
+def test_many_processes_learn_what_one_does(size, keys):
     """Losses, norms and evaluations, with dropout; and all hold the same weights, bit for bit."""
-    train_together(1, "--out_dir=out/one", f"--optimizer={optimizer}")
-    first, *others = train_together(size, "--out_dir=out/many", f"--optimizer={optimizer}")
+    train_together(1, "--out_dir=out/one", *keys)
+    first, *others = train_together(size, "--out_dir=out/many", *keys)
     for key, n in (("loss", 10), ("grad_norm", 10), ("train_loss", 3), ("val_loss", 3)):
         assert len(losses("out/one", key)) == n
         assert_close(losses("out/many", key), losses("out/one", key))

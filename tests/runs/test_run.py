@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TASKS, TINY
 from outcomes import cut, frozen, numbers
 
 from nanolm import sampling
-from nanolm.batches import training_batch
 from nanolm.runs.checkpoint import load
 from nanolm.runs.pictures import draw_losses
 from nanolm.runs.prepare import prepare
+from nanolm.runs.run import Run
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import start_run
 from nanolm.system.config import load_config
@@ -42,15 +42,15 @@ def train(*arguments: str) -> Path:
 
 @pytest.fixture
 def batches_seen(monkeypatch) -> list:
-    """The ids of every training batch, in the order in which they are made."""
-    seen = []
+    """Every training batch, in the order in which they are made."""
+    seen, made = [], Run.micro_batches
 
-    def recorded(*arguments, **keys):
-        batch = training_batch(*arguments, **keys)
-        seen.append(torch.from_numpy(batch["ids"]))
-        return batch
+    def recorded(run, step):
+        for batch in made(run, step):
+            seen.append({name: torch.from_numpy(array) for name, array in batch.items()})
+            yield batch
 
-    monkeypatch.setattr("nanolm.tasks.causal.training_batch", recorded)
+    monkeypatch.setattr(Run, "micro_batches", recorded)
     return seen
 
 
@@ -65,6 +65,7 @@ STEPS = range(1, 20, 2)  # ten of twenty
     "keys",
     [
         *MATRIX,
+        *([*task, *keys] for task in TASKS.values() for keys in (MATRIX[3], MATRIX[4])),
         ["--dtype=float16", "--dropout=0.1"],
         ["--schedule=trapezoid", "--gradient_accumulation_steps=3", "--eval_interval=3"],
         ["--optimizer=muon", "--dropout=0.1", "--gradient_accumulation_steps=2"],
@@ -203,7 +204,7 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(tiny_run):
     lowest = min(rows, key=lambda row: row["val_loss"])
     assert lowest != rows[-1]
     best = load(folder / "best.pt")
-    assert (best["step"], best["best_val_loss"]) == (lowest["step"], lowest["val_loss"])
+    assert (best["step"], best["best"]) == (lowest["step"], lowest["val_loss"])
 
 
 def test_only_the_newest_step_is_kept_when_asked(tiny_run):
@@ -242,12 +243,13 @@ def test_a_compiled_first_step_is_announced(tiny_run, capsys, monkeypatch):
     assert "the first steps take up to a minute, they compile" in out or "no C++ compiler" in out
 
 
+@pytest.mark.parametrize("task", [[], *TASKS.values()], ids=str)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
-def test_a_compiled_run_learns_what_an_eager_one_does(backend, tiny_run, monkeypatch):
+def test_a_compiled_run_learns_what_an_eager_one_does(backend, task, tiny_run, monkeypatch):
     """And its checkpoints bear the same names."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    eager = train("--out_dir=out/eager", "--max_iters=2")
-    compiled = train("--out_dir=out/compiled", "--compile=true", "--max_iters=2")
+    eager = train("--out_dir=out/eager", "--max_iters=2", *task)
+    compiled = train("--out_dir=out/compiled", "--compile=true", "--max_iters=2", *task)
     pair = [load(folder / "step_00000002.pt")["model"] for folder in (eager, compiled)]
     assert pair[0].keys() == pair[1].keys()
     for key in pair[0]:
@@ -352,7 +354,7 @@ def test_a_run_can_start_from_the_weights_of_another(tiny_run):
     again = train("--eval_only=true", f"--init_from={tiny_run}", "--out_dir=out/y")
     assert not again.exists()
     first = numbers(folder)[0]["val_loss"]
-    assert first == pytest.approx(source["best_val_loss"], abs=0.2)
+    assert first == pytest.approx(source["best"], abs=0.2)
     assert numbers(folder)[0]["step"] == 0
 
 
