@@ -22,6 +22,9 @@ class PrepareConfig:
 
     name: str  # the dataset: a folder in data/
     input: tuple[str, ...] = ()  # text or .jsonl files, folders of them, - (stdin), hf:NAME
+    task: str = "causal"  # what it is for: causal (or masked), classification, tagging
+    val_input: tuple[str, ...] = ()  # labelled texts for validation; none: a share of the others
+    label_key: str = "label"  # what holds the label of a text
     text_key: str = "text"  # what holds the document in a line of .jsonl, or a row of hf:NAME
     tokenizer: str | None = None  # char | bpe:N | gpt2 | PATH | OWNER/NAME; None: its own, or char
     tokenizer_bytes: int = TOKENIZER_BYTES  # bpe:N learns from so much text, at most
@@ -38,7 +41,10 @@ def main(arguments: list[str]) -> None:
         prepare(
             config.name,
             inputs=config.input,
+            task=config.task,
+            val_inputs=config.val_input,
             text_key=config.text_key,
+            label_key=config.label_key,
             tokenizer=config.tokenizer,
             tokenizer_bytes=config.tokenizer_bytes,
             val_fraction=config.val_fraction,

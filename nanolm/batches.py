@@ -79,6 +79,28 @@ def evaluation_batches(
         yield {"ids": ids, "targets": targets}
 
 
+POOL = 16  # batches within which examples are sorted by their length
+
+
+def epoch_groups(
+    lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """The batches of an epoch of examples of different lengths, as their numbers, each once.
+
+    Examples of similar length come together, for the shorter ones of a batch are filled up: they
+    are shuffled, sorted by length in pools of some batches, and the batches are shuffled again.
+    The last one of an epoch may be smaller.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(lengths))
+    groups = []
+    for first in range(0, len(order), POOL * batch_size):
+        pool = order[first : first + POOL * batch_size]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        groups += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    return [groups[i] for i in random.permutation(len(groups))]
+
+
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
     """Raise ValueError where an id has no embedding, before a GPU fails without a word."""
     if ids.size and ids.max() >= vocab_size:

@@ -38,7 +38,11 @@ TINY = [
 ]
 
 # The flags for each other task.
-TASKS = {"masked": ["--task=masked", "--dataset=words"]}
+TASKS = {
+    "masked": ["--task=masked", "--dataset=words"],
+    "classification": ["--task=classification", "--dataset=kinds", "--causal=false"],
+    "tagging": ["--task=tagging", "--dataset=tags"],
+}
 
 # More threads only wait for each other on models this small, here and in child processes.
 torch.set_num_threads(1)
@@ -104,11 +108,29 @@ def tiny_text() -> str:
     return TEXT
 
 
+PREPARED = {
+    "words": ["--input", "text.txt", "--tokenizer=bpe:280"],
+    "kinds": ["--task=classification", "--input", "kinds.csv", "--tokenizer=bpe:270"],
+    "tags": ["--task=tagging", "--input", "tags.conll", "--tokenizer=bpe:270"],
+}
+
+
+def write_labelled_texts() -> None:
+    """kinds.csv, texts of two kinds, and tags.conll, sentences with names in them."""
+    animals = ("wolf", "fox", "owl")
+    rows = [f"{i % 7} and {i} {animals[i % 3]}s,{'few' if i < 30 else 'many'}" for i in range(60)]
+    Path("kinds.csv").write_text("\n".join(["text,label", *rows, ""]))
+    words = (
+        f"the O\n{animals[i % 3]} O\nMary B-PER\n{'Fox I-PER' * (i % 2)}\n" for i in range(60)
+    )
+    Path("tags.conll").write_text("\n".join(words))
+
+
 @pytest.fixture(scope="session")
 def trained_place(tmp_path_factory, tiny_text) -> Path:
-    """A folder with text.txt, data/tiny, data/words (the same in BPE), and a run, out/tiny.
+    """A folder with text.txt, data/tiny, those of PREPARED, and out/tiny, a run of four updates.
 
-    Not to be changed. The run has made four updates.
+    Not to be changed.
     """
     place = tmp_path_factory.mktemp("trained")
     (place / "text.txt").write_text(tiny_text, encoding="utf-8")
@@ -116,8 +138,9 @@ def trained_place(tmp_path_factory, tiny_text) -> Path:
         patch.chdir(place)
         assert run_here("prepare", "tiny", "--input", "text.txt") == 0, said.getvalue()
         assert run_here("train", *TINY, "--out_dir=out/tiny") == 0, said.getvalue()
-        words = ("words", "--input", "text.txt", "--tokenizer=bpe:280")
-        assert run_here("prepare", *words) == 0, said.getvalue()
+        write_labelled_texts()
+        for name, keys in PREPARED.items():
+            assert run_here("prepare", name, *keys) == 0, said.getvalue()
     return place
 
 

@@ -1,12 +1,16 @@
 """Laws of the batches."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanolm.batches import (
+    POOL,
     check_ids,
+    epoch_groups,
     epoch_starts,
     evaluation_batches,
     training_batch,
@@ -120,3 +124,33 @@ def test_ids_outside_the_vocabulary_are_refused_by_value():
     check_ids(np.array([[0, 6]]), 7)
     with pytest.raises(ValueError, match="token id 7 is outside the vocabulary of 7"):
         check_ids(np.array([[0, 7]]), 7)
+
+
+# ------------------------------------------------------------------------------------------
+# Examples of different lengths
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=300),
+    st.integers(1, 7),
+    seeds,
+    st.integers(0, 9),
+)
+def test_an_epoch_has_each_example_once_in_batches_of_like_length(lengths, size, seed, epoch):
+    lengths = np.array(lengths)
+    groups = epoch_groups(lengths, batch_size=size, seed=seed, epoch=epoch)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    assert sorted(map(len, groups))[1:] == [size] * (len(groups) - 1)
+    again = epoch_groups(lengths, batch_size=size, seed=seed, epoch=epoch)
+    assert all(np.array_equal(*pair) for pair in zip(groups, again, strict=True))
+    if len(lengths) <= POOL * size:  # sorted as a whole
+        shortest = sorted((lengths[g].min(), lengths[g].max()) for g in groups)
+        assert all(a[1] <= b[0] for a, b in pairwise(shortest))
+
+
+def test_epochs_differ_in_their_batches_and_in_the_order_of_these():
+    lengths = np.arange(1000) % 37
+    first, second = (epoch_groups(lengths, batch_size=8, seed=1, epoch=e) for e in (0, 1))
+    assert {tuple(sorted(g)) for g in first} != {tuple(sorted(g)) for g in second}
+    maxima = [lengths[g].max() for g in first]
+    assert maxima != sorted(maxima)

@@ -3,7 +3,7 @@
 import torch
 
 from nanolm.model import count_parameters, flops_per_token
-from nanolm.runs.log import duration
+from nanolm.runs.log import duration, score_words
 from nanolm.runs.run import Run
 
 # What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
@@ -12,13 +12,12 @@ CPU_FLOPS_PER_THREAD = 2e10
 
 def describe(run: Run, source: str) -> None:
     """Say what is about to happen, and why so. source: where the run starts from."""
-    config, meta = run.config, run.dataset.meta
+    config = run.config
     print(f"run       {run.folder}, {source}")
     describe_engine(run)
-    print(
-        f"data      {run.dataset.folder}: {meta['train']['tokens']:,} tokens for training, "
-        f"{meta['val']['tokens']:,} for validation, {config.vocab_size:,} in the vocabulary"
-    )
+    first, *facts = run.task.facts(run.dataset)
+    for line in (f"data      {run.dataset.folder}: {first}", *(f"          {f}" for f in facts)):
+        print(line)
     print(f"model     {count_parameters(run.state.model):,} parameters")
     if not config.eval_only:
         describe_work(run)
@@ -39,21 +38,21 @@ def describe_engine(run: Run) -> None:
 def describe_work(run: Run) -> None:
     """Say how much there is to do, and what the losses on the console are."""
     config, step = run.config, run.state.step
-    per_update = config.tokens_per_update
-    epochs = config.max_iters * per_update / run.dataset.meta["train"]["tokens"]
-    print(f"updates   {config.max_iters:,} of {per_update:,} tokens each: {epochs:.2f} epochs")
+    n = config.gradient_accumulation_steps
+    epochs = config.max_iters * n / run.task.batches_per_epoch(run.dataset)
+    print(f"updates   {config.max_iters:,} of {run.task.amount(n)} each: {epochs:.2f} epochs")
     print(
         "loss      of an update: on its own batch, before the weights change; "
         "train and val: on fixed batches"
     )
-    for name, value in run.task.baselines().items():
-        print(f"          {name} = {value:.4f}: where a fresh model starts")
+    for name, value in run.task.baselines(run.dataset).items():
+        print(f"          {name} = {value:.4f}")
     if config.decay_lr and 0 < config.max_iters <= config.warmup_iters:
         print(
             f"warning   the rate never reaches {config.learning_rate:g}: warmup_iters="
             f"{config.warmup_iters} is as long as the run, or longer"
         )
-    flops = flops_per_token(run.state.model) * per_update * (config.max_iters - step)
+    flops = flops_per_token(run.state.model) * config.tokens_per_update * (config.max_iters - step)
     seconds = flops / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
     if run.engine.device_type == "cpu" and seconds > 3600:
         print(
@@ -67,7 +66,7 @@ def describe_end(run: Run, seconds: float) -> None:
     print(f"done      in {duration(seconds)}")
     best = run.log.best() if run.log else None
     if best:
-        kinds = [key for key in best if key not in ("step", "train_loss", "val_loss")]
-        scores = [f"{key.replace('_', ' ')} {best[key]:.4f}" for key in kinds]
-        print(", ".join((f"best      validation loss {best['val_loss']:.4f}", *scores)))
+        others = {k: best[k] for k in best if k not in ("step", "train_loss", "val_loss")}
+        words = score_words({"validation_loss": best["val_loss"], **others})
+        print(f"best      {', '.join(words)}")
     print(f"          sample from it with: python sample.py --out_dir={run.folder}")

@@ -80,17 +80,21 @@ class Log:
             row for row in rows if all(row["step"] < start[key] for key in start if key in row)
         ]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.updates, self.seconds, self.evaluation_seconds = 0, 0.0, 0.0
+        self.updates, self.tokens, self.seconds, self.evaluation_seconds = 0, 0, 0.0, 0.0
 
     def update(
-        self, step: int, *, loss: float, lr: float, grad_norm: float, seconds: float
+        self, step: int, *, loss: float, lr: float, grad_norm: float, seconds: float, tokens: int
     ) -> None:
-        """Note an update; every log_interval of them, write it and print it with the speed."""
+        """Note an update of so many tokens.
+
+        Every log_interval of them, write it and print it with the speed.
+        """
         self.updates += 1
+        self.tokens += tokens
         self.seconds += seconds
         if step % self.config.log_interval and step + 1 != self.config.max_iters:
             return
-        speed = self.updates * self.config.tokens_per_update / self.seconds
+        speed = self.tokens / self.seconds
         row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         row["tokens_per_second"] = speed
         line = f"step {step:6d} | loss {loss:7.4f} | lr {lr:.2e} | gradient norm {grad_norm:6.3f}"
@@ -102,7 +106,7 @@ class Log:
             line += f" | {duration(self.seconds_left(step))} left"
         print(line, flush=True)
         self._write(row)
-        self.updates, self.seconds = 0, 0.0
+        self.updates, self.tokens, self.seconds = 0, 0, 0.0
 
     def seconds_left(self, step: int) -> float:
         """How long the run still takes, judging by the updates since the last line."""
@@ -132,8 +136,13 @@ class Log:
 
 def evaluation_line(step: int, scores: dict[str, float]) -> str:
     """An evaluation as a line for the console."""
-    numbers = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()]
-    return " | ".join((f"step {step:6d}", *numbers))
+    return " | ".join((f"step {step:6d}", *score_words(scores)))
+
+
+def score_words(scores: dict[str, float]) -> list[str]:
+    """Scores for the console, but for those of single labels, as "f1/email"."""
+    shown = {name.replace("_", " "): value for name, value in scores.items() if "/" not in name}
+    return [f"{name} {value:.4f}" for name, value in shown.items()]
 
 
 def wandb_log(project: str, name: str, config: dict) -> Callable[[dict], None]:

@@ -2,21 +2,28 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from nanolm.hub.names import is_hub_name
 from nanolm.hub.tokenizers import find_tokenizer
 from nanolm.text.corpus import Corpus, find_corpus
 from nanolm.text.data import (
+    KINDS,
     SEAL,
+    TASK,
     Dataset,
     dataset_folder,
     open_dataset,
     read_meta,
     write_dataset,
 )
+from nanolm.text.documents import documents
+from nanolm.text.examples import split_records
 from nanolm.text.known import KNOWN_DATASETS
+from nanolm.text.records import Record, read_records
 from nanolm.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
+LABELLED = "bpe:2048"  # the tokenizer of labelled texts, unless another one is asked for
 TOKENIZER_BYTES = 200_000_000  # of text, at most, to learn merges from
 
 
@@ -30,32 +37,45 @@ def find_dataset(name: str) -> Dataset:
 def prepare(
     name: str,
     *,
+    task: str = "causal",
     inputs: tuple[str, ...] = (),
+    val_inputs: tuple[str, ...] = (),
     text_key: str = "text",
+    label_key: str = "label",
     tokenizer: str | None = None,
     tokenizer_bytes: int = TOKENIZER_BYTES,
     val_fraction: float = 0.1,
     overwrite: bool = False,
 ) -> Path:
-    """Make the dataset data/<name> from the inputs (see find_corpus), or a known one from its own.
+    """Make the dataset data/<name> from the inputs, or a known one from its own.
 
-    tokenizer: see make_tokenizer. Returns the folder; where it was made like this before, it is
-    left as it is. Raises ValueError or FileNotFoundError, and leaves what was there, on bad input,
-    and where another dataset has the name, unless overwrite.
+    inputs: see find_corpus; of a task with labels, read_records, and val_inputs are those of the
+    validation split. tokenizer: see make_tokenizer. Returns the folder; where it was made like
+    this before, it is left as it is. Raises ValueError or FileNotFoundError, and leaves what was
+    there, on bad input, and where another dataset has the name, unless overwrite.
     """
     folder, known = dataset_folder(name), KNOWN_DATASETS.get(name)
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
     if tokenizer_bytes < 1:
         raise ValueError(f"tokenizer_bytes={tokenizer_bytes}: must be at least 1")
-    default = known.tokenizer if known else CharTokenizer.name
+    if task not in KINDS:
+        raise ValueError(f"task={task!r}: choose one of {', '.join(KINDS)}")
+    labelled = task != TASK
+    default = known.tokenizer if known else LABELLED if labelled else CharTokenizer.name
     spec = default if tokenizer is None else tokenizer
     check_spec(spec)
-    corpus = corpus_of(name, inputs, text_key=text_key)
+    if labelled:
+        options = {"words": task == "tagging", "label_key": label_key}
+        train, val = labelled_records(inputs, val_inputs, val_fraction, **options)
+        corpus = corpus_of_records(train, inputs)
+        keys = {"task": task, "val_input": " ".join(val_inputs), "label_key": label_key}
+    else:
+        corpus, keys = corpus_of(name, inputs, text_key=text_key), {"text_key": text_key}
     made_with = {
         "input": " ".join(inputs) or corpus.source,
         "bytes": corpus.size,
-        "text_key": text_key,
+        **keys,
         "tokenizer": spec,
         "tokenizer_bytes": tokenizer_bytes,
         "val_fraction": val_fraction,
@@ -67,8 +87,38 @@ def prepare(
     for line in (f"preparing {folder} from {corpus.source}", *corpus.notes):
         print(line, flush=True)
     made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes)
-    write_dataset(folder, corpus, made, val_fraction=val_fraction, made_with=made_with)
+    if labelled:
+        from nanolm.tasks.table import TASKS  # with torch, which takes seconds and memory
+
+        TASKS[task].prepare(folder, train, val, made, made_with=made_with)
+    else:
+        write_dataset(folder, corpus, made, val_fraction=val_fraction, made_with=made_with)
     return folder
+
+
+def labelled_records(
+    inputs: tuple[str, ...], val_inputs: tuple[str, ...], val_fraction: float, **options: Any
+) -> tuple[list[Record], list[Record]]:
+    """The labelled texts for training and for validation; options: of read_records."""
+    if not inputs:
+        raise ValueError("labelled texts are needed: give them with --input FILE ...")
+    records = read_records(inputs, **options)
+    if val_inputs:
+        return records, read_records(val_inputs, **options)
+    train, val = split_records(records, val_fraction)
+    if not train or not val:
+        raise ValueError(
+            f"{len(records)} labelled texts are too few for val_fraction={val_fraction}: give "
+            "more, or others with --val_input FILE"
+        )
+    return train, val
+
+
+def corpus_of_records(records: list[Record], inputs: tuple[str, ...]) -> Corpus:
+    """The texts of records, to learn a tokenizer from."""
+    texts = [" ".join(record.parts) for record in records]
+    size = sum(len(text.encode()) for text in texts)
+    return Corpus(", ".join(inputs), lambda: documents(texts), size)
 
 
 def corpus_of(name: str, inputs: tuple[str, ...], *, text_key: str) -> Corpus:

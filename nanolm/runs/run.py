@@ -44,6 +44,7 @@ class Run:
     state: TrainState
     world: World
     log: Log | None = None  # of process 0
+    tokens: int = 0  # of the last update, without what fills up its rows
     signals: Signals = field(default_factory=Signals)  # those that wait for an answer
 
     def is_finished(self) -> bool:
@@ -145,13 +146,16 @@ class Run:
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """The data of an update."""
         n = self.config.gradient_accumulation_steps
+        self.tokens = 0
         for i in range(step * n, (step + 1) * n):
-            yield self.task.batch(self.dataset, i)
+            batch = self.task.batch(self.dataset, i)
+            self.tokens += int(batch["mask"].sum()) if "mask" in batch else batch["ids"].size
+            yield batch
 
     def report(self, step: int, **numbers: float) -> None:
         """Log an update."""
         if self.log:
-            self.log.update(step, **numbers)
+            self.log.update(step, tokens=self.tokens, **numbers)
 
     def requests(self) -> list[bool]:
         """Which signals have come to this process since the last call."""

@@ -274,7 +274,7 @@ def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:
 
     Only its context may be shorter, and its head another.
     """
-    shape, causal = asdict(model_config_of(old)), TASKS[config.task].causal
+    shape, causal = asdict(model_config_of(old)), TASKS[config.task].trains_causal
     if causal not in (None, shape["causal"]):
         kinds = {True: "a decoder", False: "an encoder"}
         raise ValueError(

@@ -16,7 +16,7 @@ from nanolm.batches import Batch, check_ids, evaluation_batches, training_batch
 from nanolm.evaluation import bits_per_byte, loss_counts, mean_loss, perplexity
 from nanolm.model import GPT, build_model
 from nanolm.sampling import generate, rows_of
-from nanolm.text.data import Dataset, write_dataset
+from nanolm.text.data import SPLITS, Dataset, write_dataset
 from nanolm.text.tokenizer import Tokenizer, stream_text
 
 
@@ -35,14 +35,14 @@ class CausalTask:
     tally = staticmethod(loss_counts)
     continues: ClassVar[bool] = True  # whether an answer goes on with the text that it is given
     reads: ClassVar[str] = "causal"  # the task that its datasets are prepared for
-    causal: ClassVar[bool | None] = True  # which models it trains; None: decoders and encoders
+    trains_causal: ClassVar[bool | None] = True  # decoders, and no encoders; None: both
     best_by: ClassVar[tuple[str, ...]] = ()  # scores by which a checkpoint may be the best
 
     @classmethod
     def fit(cls, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
         """The dataset as the task sees it, and the keys of the model that it asks for."""
         vocab_size = dataset.tokenizer.vocab_size
-        return dataset, {"vocab_size": vocab_size, "causal": cls.causal, "head": "tokens"}
+        return dataset, {"vocab_size": vocab_size, "causal": cls.trains_causal, "head": "tokens"}
 
     @property
     def shape(self) -> dict[str, int]:
@@ -76,9 +76,29 @@ class CausalTask:
         bits = bits_per_byte(loss, dataset.bytes_per_token)
         return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits}
 
-    def baselines(self) -> dict[str, float]:
+    def matrix(self, counts: Tensor) -> None:
+        """The confusion matrix of few labels; here there is none."""
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
         """Losses of models that have learned nothing, by what they do."""
-        return {f"a blind guess, ln({self.vocab_size})": math.log(self.vocab_size)}
+        name = f"a blind guess, where a fresh model starts: ln({self.vocab_size})"
+        return {name: math.log(self.vocab_size)}
+
+    def batches_per_epoch(self, dataset: Dataset) -> float:
+        """How many micro-batches hold as many tokens as there are for training."""
+        return len(dataset.train) / (self.batch_size * self.block_size)
+
+    def facts(self, dataset: Dataset) -> list[str]:
+        """What a person should know of the data, in lines."""
+        train, val = (f"{len(getattr(dataset, split)):,} tokens" for split in SPLITS)
+        return [
+            f"{train} for training, {val.removesuffix(' tokens')} for validation, "
+            f"{self.vocab_size:,} in the vocabulary"
+        ]
+
+    def amount(self, n_batches: int) -> str:
+        """What so many batches are."""
+        return f"{n_batches * self.batch_size * self.block_size:,} tokens"
 
     @staticmethod
     def answer(

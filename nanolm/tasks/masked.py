@@ -33,7 +33,7 @@ class MaskedTask(CausalTask):
     mask_fraction: float = 0.15  # of the tokens of a window: the chosen ones
 
     tally = staticmethod(accuracy_counts)
-    causal = False
+    trains_causal = False
     continues = False
     best_by = ("accuracy",)
 

@@ -23,6 +23,7 @@ from nanolm.system.files import sha256, whole_folder, write_text
 from nanolm.system.workers import in_order
 from nanolm.text.corpus import Corpus
 from nanolm.text.documents import Part
+from nanolm.text.examples import Examples, file_length
 from nanolm.text.known import KNOWN_DATASETS
 from nanolm.text.tokenizer import (
     TOKENIZER_FILE,
@@ -32,6 +33,7 @@ from nanolm.text.tokenizer import (
 
 FORMAT = 2  # of meta.json
 TASK = "causal"  # what a dataset is for, unless it says otherwise
+KINDS = (TASK, "classification", "tagging")  # what it may be for
 SEAL = "meta.json"
 SPLITS = ("train", "val")
 DATA_DIR = Path("data")
@@ -43,8 +45,8 @@ class Dataset:
     """An open dataset: memory-mapped ids, their tokenizer, and what meta.json says."""
 
     folder: Path
-    train: np.ndarray
-    val: np.ndarray
+    train: np.ndarray | Examples
+    val: np.ndarray | Examples
     tokenizer: Tokenizer
     meta: dict
 
@@ -196,12 +198,22 @@ def open_dataset(name: str) -> Dataset:
     meta = read_meta(folder)
     dtype = np.dtype(meta["dtype"])
     for split in SPLITS:
-        path, size = folder / f"{split}.bin", meta[split]["tokens"] * dtype.itemsize
+        path, size = folder / f"{split}.bin", numbers(meta[split]) * dtype.itemsize
         if not path.exists() or path.stat().st_size != size:
             raise ValueError(f"{path} should hold {size} bytes: {prepare_again(name)}")
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     train, val = (np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in SPLITS)
+    if "labels" in meta:
+        sizes = [(meta[split]["examples"], meta[split]["labels"]) for split in SPLITS]
+        train, val = Examples(train, *sizes[0]), Examples(val, *sizes[1])
     return Dataset(folder, train, val, tokenizer, meta)
+
+
+def numbers(counts: dict) -> int:
+    """How many numbers the file of a split holds."""
+    if "examples" not in counts:
+        return counts["tokens"]
+    return file_length(counts["examples"], counts["labels"], counts["tokens"])
 
 
 def read_meta(folder: Path) -> dict:

@@ -34,7 +34,7 @@ def log(path, start=0, **keys) -> Log:
 def write_run(metrics, first, last):
     """What a loop reports."""
     for step in range(first, last):
-        metrics.update(step, loss=4.0 - step / 10, lr=0.1, grad_norm=1.0, seconds=0.5)
+        metrics.update(step, loss=4.0 - step / 10, lr=0.1, grad_norm=1.0, seconds=0.5, tokens=100)
         if (step + 1) % 5 == 0:
             metrics.evaluation(step + 1, {"train_loss": 3.0, "val_loss": 3.5}, seconds=1.0)
 

@@ -14,12 +14,13 @@ from outcomes import cut, frozen, numbers
 from nanolm import sampling
 from nanolm.runs.checkpoint import load
 from nanolm.runs.pictures import draw_losses
-from nanolm.runs.prepare import prepare
+from nanolm.runs.prepare import find_dataset, prepare
 from nanolm.runs.run import Run
 from nanolm.runs.settings import TrainConfig
-from nanolm.runs.start import start_run
+from nanolm.runs.start import fit_to_task, start_run
 from nanolm.system.config import load_config
 from nanolm.tasks import causal
+from nanolm.tasks.table import make_task
 from nanolm.text.tokenizer import load_tokenizer
 
 
@@ -503,3 +504,11 @@ def test_sampling_greedily_needs_no_seed(tiny_run, run_main):
     _, other, _ = run_main("sample", *flags, "--seed=3")
     assert first == other
     assert len(set(first.split("\n---------------\n")[:2])) == 1
+
+
+def test_what_fills_up_a_batch_is_not_counted_as_work(tiny_run):
+    config = load_config(TrainConfig, [*TINY, *TASKS["classification"], "--batch_size=5"])
+    config, dataset = fit_to_task(config, find_dataset(config.dataset))
+    run = Run(config, Path(), dataset, make_task(config), None, None, None)
+    [batch] = run.micro_batches(3)
+    assert run.tokens == batch["mask"].sum() < batch["mask"].size

@@ -1,0 +1,136 @@
+"""The task of tagging: one label for each word, as for names in a text.
+
+A word may be several tokens; the first of them answers (Devlin et al. 2019, section 5.3).
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from nanolm.batches import Batch
+from nanolm.loss import NO_TARGET
+from nanolm.model import Transformer
+from nanolm.tasks import scores
+from nanolm.tasks.labelled import LabelledTask, framed
+from nanolm.text.records import Record
+from nanolm.text.tokenizer import Tokenizer
+
+
+class TaggingTask(LabelledTask):
+    """What is particular to labels of words."""
+
+    reads = "tagging"
+    head = "words"
+    best_by = ("accuracy", "macro_f1", "entity_f1")
+
+    @staticmethod
+    def encode(
+        record: Record, tokenizer: Tokenizer, names: Sequence[str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a sentence, and the labels of its words at the first token of each."""
+        ids, places = word_places(record.parts, tokenizer)
+        number = {name: i for i, name in enumerate(names)}
+        found = zip(places, record.labels, strict=True)
+        return ids, [(place, number[label]) for place, label in found if label is not None]
+
+    @staticmethod
+    def guesses(
+        train: Sequence[Record], val: Sequence[Record], names: Sequence[str]
+    ) -> dict[str, float]:
+        """Scores of the most frequent label, and of the one that a word mostly has in training."""
+        by_word, total = defaultdict(Counter), Counter()
+        for word, label in labelled_words(train):
+            by_word[word][label] += 1
+            total[label] += 1
+        pairs, number = list(labelled_words(val)), {name: i for i, name in enumerate(names)}
+        wanted = np.array([number[label] for _, label in pairs], int)
+        most = total.most_common(1)[0][0]
+        usual = {word: counts.most_common(1)[0][0] for word, counts in by_word.items()}
+        found = {}
+        for how, guess in (
+            (f"{most!r} for all", lambda word: most),
+            ("the usual label of each word", lambda word: usual.get(word, most)),
+        ):
+            guesses = np.array([number[guess(word)] for word, _ in pairs], int)
+            matrix = scores.confusion(wanted, guesses, len(names))
+            found[f"accuracy of {how}"] = scores.accuracy(matrix)
+            found[f"macro F1 of {how}"] = scores.macro_f1(matrix)
+        return found
+
+    def targets(self, pairs: Sequence[np.ndarray], lengths: np.ndarray) -> Batch:
+        """The labels of the words, and the places of their first tokens, (B, P) each."""
+        kept = [row[row[:, 0] < n] for row, n in zip(pairs, lengths, strict=True)]
+        places = np.zeros((len(kept), max(1, *map(len, kept))), np.int64)
+        targets = np.full_like(places, NO_TARGET)
+        for i, row in enumerate(kept):
+            places[i, : len(row)], targets[i, : len(row)] = row.T
+        return {"places": places, "targets": targets}
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the labels are BIO tags."""
+        return all(label == "O" or label[:2] in ("B-", "I-") for label in self.labels)
+
+    def own_counts(self, targets: np.ndarray, guesses: np.ndarray) -> np.ndarray:
+        """Names found, guessed and there."""
+        total = np.zeros(3)
+        for wanted, found in zip(targets, guesses, strict=True) if self.has_names else ():
+            kept = wanted != NO_TARGET
+            tags = ([self.labels[i] for i in row[kept]] for row in (wanted, found))
+            total += scores.span_counts(*tags)
+        return total
+
+    def own_scores(self, counts: Tensor) -> dict[str, float]:
+        """F1 of names, where the labels are BIO tags."""
+        f1 = scores.precision_recall_f1(*counts[-3:].numpy())[2]
+        return {"entity_f1": float(f1)} if self.has_names else {}
+
+    @classmethod
+    def answer(
+        cls, model: Transformer, tokenizer: Tokenizer, text: str, **options: object
+    ) -> list[Iterator[str]]:
+        """The words of a text, a line each, with their labels."""
+        task, words = cls.of(model.config), text.split()
+        ids, places = word_places(words, tokenizer)
+        places = [place for place in places if place < task.block_size]
+        batch, _ = task.inputs([ids], tokenizer)
+        p = task.probabilities(model, batch | {"places": np.array([places])})
+        found = zip(words, p.argmax(dim=-1).tolist(), p.amax(dim=-1).tolist(), strict=False)
+        return [iter(["\n".join(f"{word}\t{task.labels[i]} {s:.1%}" for word, i, s in found)])]
+
+    def labelled(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        ids: np.ndarray,
+        pairs: np.ndarray,
+        tokens: int,
+    ) -> str:
+        """The beginning of a text, the first tokens of its words with their labels."""
+        pairs = pairs[pairs[:, 0] < min(tokens, self.block_size)]
+        if not len(pairs):
+            return ""
+        batch, _ = self.inputs([ids], tokenizer)
+        guesses = self.probabilities(model, batch | {"places": pairs[None, :, 0].astype(int)})
+        pieces = [tokenizer.decode([i]) for i in ids[: min(tokens, self.block_size)].tolist()]
+        for (place, wanted), guess in zip(pairs, guesses.argmax(dim=-1).tolist(), strict=True):
+            wrong = "" if guess == wanted else f", not {self.labels[wanted]}"
+            pieces[place] += f"[{self.labels[guess]}{wrong}]"
+        return "".join(pieces).strip("\n")
+
+
+def word_places(words: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids of words with blanks between them, and the place of the first token of each."""
+    rows = [tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(words)]
+    places = np.cumsum([len(framed(tokenizer)), *map(len, rows)])[:-1].tolist()
+    return framed(tokenizer, [i for row in rows for i in row]), places
+
+
+def labelled_words(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    """The words that have a label, with it."""
+    for record in records:
+        for word, label in zip(record.parts, record.labels, strict=True):
+            if label is not None:
+                yield word, label
