@@ -5,7 +5,6 @@ the mean of all; a decoder at the last token, the only one that has seen the res
 2018).
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -27,6 +26,7 @@ class ClassificationTask(LabelledTask):
     reads = "classification"
     head = "text"
     best_by = ("accuracy", "macro_f1", "mcc")
+    unit = "text"
 
     @staticmethod
     def encode(
@@ -35,19 +35,6 @@ class ClassificationTask(LabelledTask):
         """The ids of a record, and its label."""
         ids = framed(tokenizer, *map(tokenizer.encode, record.parts))
         return ids, [(0, names.index(record.labels[0]))]
-
-    @staticmethod
-    def guesses(
-        train: Sequence[Record], val: Sequence[Record], names: Sequence[str]
-    ) -> dict[str, float]:
-        """Scores of the label that is the most frequent one in training, for every text."""
-        most = Counter(record.labels[0] for record in train).most_common(1)[0][0]
-        wanted = np.array([names.index(record.labels[0]) for record in val])
-        matrix = scores.confusion(wanted, np.full_like(wanted, names.index(most)), len(names))
-        return {
-            f"accuracy of {most!r} for all": scores.accuracy(matrix),
-            f"macro F1 of {most!r} for all": scores.macro_f1(matrix),
-        }
 
     def places(self, lengths: np.ndarray) -> Batch:
         """Where the model answers."""
@@ -75,19 +62,3 @@ class ClassificationTask(LabelledTask):
         best = p.topk(min(SHOWN, len(p)))
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [iter(["  ".join(f"{task.labels[i]} {share:.1%}" for i, share in found)])]
-
-    def labelled(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        ids: np.ndarray,
-        pairs: np.ndarray,
-        tokens: int,
-    ) -> str:
-        """The beginning of a text, and its label as the model has it."""
-        batch, lengths = self.inputs([ids], tokenizer)
-        guess = self.probabilities(model, batch | self.places(lengths))[0].argmax().item()
-        wanted = pairs[0, 1]
-        wrong = "" if guess == wanted else f", not {self.labels[wanted]}"
-        beginning = " ".join(tokenizer.decode(ids[: max(1, tokens // 4)].tolist()).split())
-        return f"[{self.labels[guess]}{wrong}] {beginning}"

@@ -5,6 +5,7 @@ Texts differ in length, so a batch is filled up to its longest text, and a mask 
 
 import json
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -28,7 +29,7 @@ from nanolm.text.examples import DTYPE, Examples, label_names, packed
 from nanolm.text.records import Record
 from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
-SHOWN = 4  # texts of the validation split that show what the model does
+SHOWN, SHOWN_TOKENS = 3, 24  # texts of the validation split that show what the model does
 MULTIPLE = 8  # of lengths of batches, for fewer shapes
 
 
@@ -71,7 +72,7 @@ class LabelledTask:
             "made_with": made_with,
             "source": made_with.get("input", ""),
             "labels": names,
-            "baselines": cls.guesses(train, val, names),
+            "baselines": usual_scores(train, val, names, unit=cls.unit),
             "tokenizer": tokenizer.name,
             "vocab_size": tokenizer.vocab_size,
             "dtype": DTYPE.str,
@@ -90,12 +91,6 @@ class LabelledTask:
             tokenizer.save(scratch / TOKENIZER_FILE)
             meta["tokenizer_sha256"] = sha256(scratch / TOKENIZER_FILE)
             write_text(scratch / SEAL, json.dumps(meta, indent=2) + "\n")
-
-    @staticmethod
-    def guesses(
-        train: Iterable[Record], val: Iterable[Record], names: tuple[str, ...]
-    ) -> dict[str, float]:
-        """Scores on val of guesses that look at no text."""
 
     @classmethod
     def fit(cls, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
@@ -224,20 +219,52 @@ class LabelledTask:
         return f"{n_batches * self.batch_size:,} texts"
 
     def show(
-        self, model: Transformer, dataset: Dataset, *, tokens: int, **options: object
+        self, model: Transformer, dataset: Dataset, **options: object
     ) -> tuple[str, Iterator[str]]:
-        """Some texts of the validation split, labelled by the model."""
-        texts = []
+        """Texts of the validation split, labelled by the model."""
+        tokenizer, lines = dataset.tokenizer, []
+        special = set(tokenizer.special_tokens.values())
         for i in range(min(SHOWN, len(dataset.val))):
-            ids, labels = dataset.val[i]
-            texts.append(self.labelled(model, dataset.tokenizer, ids, labels, tokens))
-        return "the model labels", iter(["\n".join(texts)])
+            ids = [i for i in dataset.val[i][0][:SHOWN_TOKENS].tolist() if i not in special]
+            [answer] = self.answer(model, tokenizer, tokenizer.decode(ids))
+            lines += [" ".join(tokenizer.decode(ids).split()), "".join(answer)]
+        return "the model labels", iter(["\n".join(lines)])
 
 
 @lru_cache(maxsize=4)  # those of training and of evaluations
 def epoch_of(examples: Examples, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The batches of an epoch, as numbers of examples."""
     return epoch_groups(examples.lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+
+
+def usual_scores(
+    train: Sequence[Record], val: Sequence[Record], names: Sequence[str], *, unit: str
+) -> dict[str, float]:
+    """Scores on val of guesses without a model: the label that each unit mostly has in training.
+
+    For a unit that is new, and for all of them, that is the most frequent label.
+    """
+    counts = defaultdict(Counter)
+    for part, label in labelled_parts(train):
+        counts[part][label] += 1
+        counts[None][label] += 1
+    usual = {part: names.index(found.most_common(1)[0][0]) for part, found in counts.items()}
+    pairs, found = list(labelled_parts(val)), {}
+    wanted = np.array([names.index(label) for _, label in pairs], int)
+    for how, known in ((repr(names[usual[None]]), {}), (f"the usual label of each {unit}", usual)):
+        guesses = np.array([known.get(part, usual[None]) for part, _ in pairs], int)
+        matrix = scores.confusion(wanted, guesses, len(names))
+        found[f"accuracy of {how}"] = scores.accuracy(matrix)
+        found[f"macro F1 of {how}"] = scores.macro_f1(matrix)
+    return found
+
+
+def labelled_parts(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
+    """The words, or the texts, that have a label, with it."""
+    for record in records:
+        for part, label in zip(record.parts, record.labels, strict=False):
+            if label is not None:
+                yield part, label
 
 
 def framed(tokenizer: Tokenizer, *parts: list[int]) -> list[int]:

@@ -8,6 +8,7 @@ the chosen tokens alone, so the head need not look at the others.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -108,17 +109,11 @@ class MaskedTask(CausalTask):
         return [iter(["\n".join(lines)])]
 
     def show(
-        self, model: Encoder, dataset: Dataset, *, tokens: int, **options: object
+        self, model: Encoder, dataset: Dataset, **options: object
     ) -> tuple[str, Iterator[str]]:
-        """A text of the validation split, its hidden tokens as the model guesses them."""
-        batch = next(self.evaluation(dataset, "val"))
-        row = {name: array[:1] for name, array in batch.items() if name != "targets"}
-        device, decode = model.head.weight.device, dataset.tokenizer.decode
-        with torch.no_grad():
-            logits, _ = model(**{name: torch.from_numpy(a).to(device) for name, a in row.items()})
-        pieces = [decode([i]) for i in batch["ids"][0]]
-        found = (batch["places"][0], logits[0].argmax(dim=-1).tolist(), batch["targets"][0])
-        for place, guess, target in zip(*found, strict=True):
-            wrong = "" if guess == target else f", not {decode([target])!r}"
-            pieces[place] = f"[{decode([guess])!r}{wrong}]"
-        return "the model fills in [what was hidden]", iter(pieces[:tokens])
+        """A text of the validation split, and guesses for what is hidden in it."""
+        tokenizer, batch = dataset.tokenizer, next(self.evaluation(dataset, "val"))
+        ids = batch["ids"][0, : self.block_size // 4].tolist()  # room for an odd text's tokens
+        text = tokenizer.decode([*ids, mask_of(tokenizer)])
+        [answer] = self.answer(model, tokenizer, text)
+        return "the model fills in", chain([text, "\n"], answer)

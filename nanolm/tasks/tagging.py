@@ -3,7 +3,6 @@
 A word may be several tokens; the first of them answers (Devlin et al. 2019, section 5.3).
 """
 
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -24,6 +23,7 @@ class TaggingTask(LabelledTask):
     reads = "tagging"
     head = "words"
     best_by = ("accuracy", "macro_f1", "entity_f1")
+    unit = "word"
 
     @staticmethod
     def encode(
@@ -34,30 +34,6 @@ class TaggingTask(LabelledTask):
         number = {name: i for i, name in enumerate(names)}
         found = zip(places, record.labels, strict=True)
         return ids, [(place, number[label]) for place, label in found if label is not None]
-
-    @staticmethod
-    def guesses(
-        train: Sequence[Record], val: Sequence[Record], names: Sequence[str]
-    ) -> dict[str, float]:
-        """Scores of the most frequent label, and of the one that a word mostly has in training."""
-        by_word, total = defaultdict(Counter), Counter()
-        for word, label in labelled_words(train):
-            by_word[word][label] += 1
-            total[label] += 1
-        pairs, number = list(labelled_words(val)), {name: i for i, name in enumerate(names)}
-        wanted = np.array([number[label] for _, label in pairs], int)
-        most = total.most_common(1)[0][0]
-        usual = {word: counts.most_common(1)[0][0] for word, counts in by_word.items()}
-        found = {}
-        for how, guess in (
-            (f"{most!r} for all", lambda word: most),
-            ("the usual label of each word", lambda word: usual.get(word, most)),
-        ):
-            guesses = np.array([number[guess(word)] for word, _ in pairs], int)
-            matrix = scores.confusion(wanted, guesses, len(names))
-            found[f"accuracy of {how}"] = scores.accuracy(matrix)
-            found[f"macro F1 of {how}"] = scores.macro_f1(matrix)
-        return found
 
     def targets(self, pairs: Sequence[np.ndarray], lengths: np.ndarray) -> Batch:
         """The labels of the words, and the places of their first tokens, (B, P) each."""
@@ -100,37 +76,9 @@ class TaggingTask(LabelledTask):
         found = zip(words, p.argmax(dim=-1).tolist(), p.amax(dim=-1).tolist(), strict=False)
         return [iter(["\n".join(f"{word}\t{task.labels[i]} {s:.1%}" for word, i, s in found)])]
 
-    def labelled(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        ids: np.ndarray,
-        pairs: np.ndarray,
-        tokens: int,
-    ) -> str:
-        """The beginning of a text, the first tokens of its words with their labels."""
-        pairs = pairs[pairs[:, 0] < min(tokens, self.block_size)]
-        if not len(pairs):
-            return ""
-        batch, _ = self.inputs([ids], tokenizer)
-        guesses = self.probabilities(model, batch | {"places": pairs[None, :, 0].astype(int)})
-        pieces = [tokenizer.decode([i]) for i in ids[: min(tokens, self.block_size)].tolist()]
-        for (place, wanted), guess in zip(pairs, guesses.argmax(dim=-1).tolist(), strict=True):
-            wrong = "" if guess == wanted else f", not {self.labels[wanted]}"
-            pieces[place] += f"[{self.labels[guess]}{wrong}]"
-        return "".join(pieces).strip("\n")
-
 
 def word_places(words: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids of words with blanks between them, and the place of the first token of each."""
     rows = [tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(words)]
     places = np.cumsum([len(framed(tokenizer)), *map(len, rows)])[:-1].tolist()
     return framed(tokenizer, [i for row in rows for i in row]), places
-
-
-def labelled_words(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
-    """The words that have a label, with it."""
-    for record in records:
-        for word, label in zip(record.parts, record.labels, strict=True):
-            if label is not None:
-                yield word, label
