@@ -22,7 +22,7 @@ class PrepareConfig:
 
     name: str  # the dataset: a folder in data/
     input: tuple[str, ...] = ()  # text or .jsonl files, folders of them, - (stdin), hf:NAME
-    task: str = "causal"  # what it is for: causal (or masked), classification, tagging
+    task: str | None = None  # causal (also for masked) | classification | tagging; None: its own
     val_input: tuple[str, ...] = ()  # labelled texts for validation; none: a share of the others
     label_key: str = "label"  # what holds the label of a text
     text_key: str = "text"  # what holds the document in a line of .jsonl, or a row of hf:NAME

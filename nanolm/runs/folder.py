@@ -1,8 +1,8 @@
 """The folder of a run: where it starts from, what protects it, and the model that comes out of it.
 
 It contains run.json (the configuration and the engine), nanolm_tokenizer.json, metrics.jsonl,
-loss.png, step_XXXXXXXX.pt and best.pt. A run can be stopped and resumed; another one cannot start
-over it by mistake, and two cannot write to it at once.
+loss.png, confusion.png where there are labels, step_XXXXXXXX.pt and best.pt. A run can be stopped
+and resumed; another one cannot start over it by mistake, and two cannot write to it at once.
 """
 
 import json
@@ -18,7 +18,8 @@ from nanolm.text.data import SEAL
 from nanolm.text.tokenizer import TOKENIZER_FILE
 
 RUNS = Path("out")
-RUN_FILE, METRICS_FILE, PICTURE = "run.json", "metrics.jsonl", "loss.png"
+RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+PICTURE, CONFUSION = "loss.png", "confusion.png"
 
 
 @contextmanager
@@ -51,7 +52,15 @@ def taken(path: str) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed run has left half-written in its folder."""
-    names = (RUN_FILE, METRICS_FILE, PICTURE, TOKENIZER_FILE, checkpoint.BEST, "step_*.pt")
+    names = (
+        RUN_FILE,
+        METRICS_FILE,
+        PICTURE,
+        CONFUSION,
+        TOKENIZER_FILE,
+        checkpoint.BEST,
+        "step_*.pt",
+    )
     remove_temporaries(folder, *names)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from nanolm.hub.names import is_hub_name
 from nanolm.hub.tokenizers import find_tokenizer
@@ -18,7 +17,7 @@ from nanolm.text.data import (
     write_dataset,
 )
 from nanolm.text.documents import documents
-from nanolm.text.examples import split_records
+from nanolm.text.examples import label_names, split_records
 from nanolm.text.known import KNOWN_DATASETS
 from nanolm.text.records import Record, read_records
 from nanolm.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
@@ -37,7 +36,7 @@ def find_dataset(name: str) -> Dataset:
 def prepare(
     name: str,
     *,
-    task: str = "causal",
+    task: str | None = None,
     inputs: tuple[str, ...] = (),
     val_inputs: tuple[str, ...] = (),
     text_key: str = "text",
@@ -59,19 +58,25 @@ def prepare(
         raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
     if tokenizer_bytes < 1:
         raise ValueError(f"tokenizer_bytes={tokenizer_bytes}: must be at least 1")
-    if task not in KINDS:
-        raise ValueError(f"task={task!r}: choose one of {', '.join(KINDS)}")
+    task = task or (known.task if known else TASK)
+    if task not in ([known.task] if known else KINDS):
+        raise ValueError(f"task={task!r}: choose {known.task if known else ' or '.join(KINDS)}")
     labelled = task != TASK
     default = known.tokenizer if known else LABELLED if labelled else CharTokenizer.name
     spec = default if tokenizer is None else tokenizer
     check_spec(spec)
+    check_inputs(name, inputs)
     if labelled:
         options = {"words": task == "tagging", "label_key": label_key}
-        train, val = labelled_records(inputs, val_inputs, val_fraction, **options)
-        corpus = corpus_of_records(train, inputs)
+        records = known.texts(folder) if known else read_records(inputs, **options)
+        others = read_records(val_inputs, **options) if val_inputs else None
+        label_names(records, others or ())  # what is wrong with them shows before the long work
+        train, val = (records, others) if others else split_records(records, val_fraction)
+        corpus = corpus_of_records(train, inputs or [name])
         keys = {"task": task, "val_input": " ".join(val_inputs), "label_key": label_key}
     else:
-        corpus, keys = corpus_of(name, inputs, text_key=text_key), {"text_key": text_key}
+        corpus = known.texts(folder) if known else find_corpus(inputs, text_key=text_key)
+        keys = {"text_key": text_key}
     made_with = {
         "input": " ".join(inputs) or corpus.source,
         "bytes": corpus.size,
@@ -96,24 +101,6 @@ def prepare(
     return folder
 
 
-def labelled_records(
-    inputs: tuple[str, ...], val_inputs: tuple[str, ...], val_fraction: float, **options: Any
-) -> tuple[list[Record], list[Record]]:
-    """The labelled texts for training and for validation; options: of read_records."""
-    if not inputs:
-        raise ValueError("labelled texts are needed: give them with --input FILE ...")
-    records = read_records(inputs, **options)
-    if val_inputs:
-        return records, read_records(val_inputs, **options)
-    train, val = split_records(records, val_fraction)
-    if not train or not val:
-        raise ValueError(
-            f"{len(records)} labelled texts are too few for val_fraction={val_fraction}: give "
-            "more, or others with --val_input FILE"
-        )
-    return train, val
-
-
 def corpus_of_records(records: list[Record], inputs: tuple[str, ...]) -> Corpus:
     """The texts of records, to learn a tokenizer from."""
     texts = [" ".join(record.parts) for record in records]
@@ -121,19 +108,17 @@ def corpus_of_records(records: list[Record], inputs: tuple[str, ...]) -> Corpus:
     return Corpus(", ".join(inputs), lambda: documents(texts), size)
 
 
-def corpus_of(name: str, inputs: tuple[str, ...], *, text_key: str) -> Corpus:
-    """The text of the inputs, or that of a known dataset, which takes none."""
-    known = KNOWN_DATASETS.get(name)
-    if known and inputs:
+def check_inputs(name: str, inputs: tuple[str, ...]) -> None:
+    """Raise ValueError where a known dataset is given other texts, or an unknown one none."""
+    if name in KNOWN_DATASETS and inputs:
         raise ValueError(
             f"{name!r} is a known dataset with a text of its own: give yours another name"
         )
-    if not known and not inputs:
+    if name not in KNOWN_DATASETS and not inputs:
         raise ValueError(
             f"unknown dataset {name!r}: give its text with --input PATH, or choose one of "
             f"{', '.join(KNOWN_DATASETS)}"
         )
-    return known.corpus(dataset_folder(name)) if known else find_corpus(inputs, text_key=text_key)
 
 
 def check_same(folder: Path, made_with: dict) -> None:
@@ -153,7 +138,7 @@ def check_same(folder: Path, made_with: dict) -> None:
 
 def check_spec(spec: str) -> None:
     """Raise ValueError where make_tokenizer knows no such tokenizer."""
-    if spec in ("char", "gpt2") or re.fullmatch(r"bpe:\d{1,9}", spec):
+    if spec in ("char", "gpt2", *KNOWN_DATASETS) or re.fullmatch(r"bpe:\d{1,9}", spec):
         return
     if spec and (Path(spec).is_file() or Path(spec).is_dir() or is_hub_name(spec)):
         return
@@ -169,11 +154,14 @@ def make_tokenizer(
     """The tokenizer that spec asks for.
 
     "char": the characters of the corpus. "bpe:N": N tokens, learned from the first tokenizer_bytes
-    of it. "gpt2": GPT-2's. Otherwise the path of one, or of a dataset, a run or a
-    pretrained model that has one, or OWNER/NAME of a model on the Hugging Face hub.
+    of it. "gpt2": GPT-2's. The name of a known dataset: that dataset's. Otherwise the path of
+    one, or of a dataset, a run or a pretrained model that has one, or OWNER/NAME of a model on the
+    Hugging Face hub.
     """
     if spec == "gpt2":
         return BPETokenizer.gpt2()
+    if spec in KNOWN_DATASETS:
+        return find_dataset(spec).tokenizer
     if spec == "char":
         return CharTokenizer.train(corpus.texts("characters"))
     if spec.startswith("bpe:"):

@@ -10,6 +10,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from nanolm.model import count_parameters, flops_per_token
 from nanolm.parallel import World
 from nanolm.precision import Engine
 from nanolm.runs import checkpoint, pictures
-from nanolm.runs.folder import METRICS_FILE, PICTURE, RUN_FILE, resuming
+from nanolm.runs.folder import CONFUSION, METRICS_FILE, PICTURE, RUN_FILE, resuming
 from nanolm.runs.log import Log, peak_flops, wandb_log
 from nanolm.runs.processes import any_of, broadcast
 from nanolm.runs.settings import TrainConfig
@@ -44,6 +45,7 @@ class Run:
     state: TrainState
     world: World
     log: Log | None = None  # of process 0
+    confusion: np.ndarray | None = None  # of the labels, at the last evaluation
     tokens: int = 0  # of the last update, without what fills up its rows
     signals: Signals = field(default_factory=Signals)  # those that wait for an answer
 
@@ -217,7 +219,7 @@ class Run:
                 autocast=self.engine.autocast,
                 all_reduce=self.world.all_reduce,
             )
-            score = self.task.score(counts, self.dataset)
+            score, self.confusion = self.task.score(counts, self.dataset), self.task.matrix(counts)
             scores[f"{split}_loss"] = score.pop("loss")
         return scores | score
 
@@ -249,8 +251,11 @@ class Run:
         title = f"{self.folder.name}: {self.config.dataset}, {size:,} parameters"
         try:
             pictures.draw_losses(self.folder / METRICS_FILE, self.folder / PICTURE, title=title)
+            if self.confusion is not None:
+                labels = self.config.labels
+                pictures.draw_confusion(self.confusion, labels, self.folder / CONFUSION)
         except Exception as error:  # whatever it is, it is no reason to end a run
-            print(f"warning   no picture of the loss: {error}")
+            print(f"warning   no picture: {error}")
         if self.config.sample_tokens:
             title, text = self.sample()
             lines = [f"    | {line}" for line in text.split("\n")]

@@ -9,7 +9,9 @@ A task is a small frozen dataclass of the keys that it needs, and says:
     evaluation         the batches of an evaluation, and evaluation_size how many they are
     model              which of the book's models a config asks for
     tally, score       counts that add up over batches and processes; what they mean, loss first
-    baselines          losses of models that have learned nothing
+    matrix             which label is taken for which, in these counts, for a picture; or None
+    baselines          scores of models that have learned nothing
+    facts, amount      what a person should know of the data, and what so many batches are
     answer             what sample.py shows
     show               what the model does now, for the console
 

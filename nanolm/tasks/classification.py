@@ -26,7 +26,7 @@ class ClassificationTask(LabelledTask):
     reads = "classification"
     head = "text"
     best_by = ("accuracy", "macro_f1", "mcc")
-    unit = "text"
+    unit = None  # the usual label of a text that is new is that of all
 
     @staticmethod
     def encode(

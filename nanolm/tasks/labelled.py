@@ -238,7 +238,7 @@ def epoch_of(examples: Examples, batch_size: int, seed: int, epoch: int) -> list
 
 
 def usual_scores(
-    train: Sequence[Record], val: Sequence[Record], names: Sequence[str], *, unit: str
+    train: Sequence[Record], val: Sequence[Record], names: Sequence[str], *, unit: str | None
 ) -> dict[str, float]:
     """Scores on val of guesses without a model: the label that each unit mostly has in training.
 
@@ -251,7 +251,10 @@ def usual_scores(
     usual = {part: names.index(found.most_common(1)[0][0]) for part, found in counts.items()}
     pairs, found = list(labelled_parts(val)), {}
     wanted = np.array([names.index(label) for _, label in pairs], int)
-    for how, known in ((repr(names[usual[None]]), {}), (f"the usual label of each {unit}", usual)):
+    known_by = {repr(names[usual[None]]): {}}
+    if unit:
+        known_by[f"the usual label of each {unit}"] = usual
+    for how, known in known_by.items():
         guesses = np.array([known.get(part, usual[None]) for part, _ in pairs], int)
         matrix = scores.confusion(wanted, guesses, len(names))
         found[f"accuracy of {how}"] = scores.accuracy(matrix)

@@ -5,7 +5,7 @@ begin; then all labels, each with the place of its token; then all ids. It is ma
 so that only what is asked for is read.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,19 +82,28 @@ def in_order(name: str) -> tuple[bool, int, str]:
 def split_records(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
     """Training and validation records: whole files or documents, where there are enough of them.
 
-    Otherwise of each label its share. The same records are always split alike.
+    Otherwise of each label its share. No label is left without a text for training, and the same
+    records are always split alike. Raises ValueError where there are too few.
     """
     random, groups = np.random.default_rng(0), defaultdict(list)
     by_source = len({record.source for record in records}) >= ENOUGH_SOURCES
     for i, record in enumerate(records):
         one_label = record.labels[0] if len(record.labels) == 1 else None
         groups[record.source if by_source else one_label].append(i)
-    chosen = set()
+    chosen, left = set(), Counter(label for record in records for label in record.labels)
     for g in random.permutation(len(groups)):
         group = list(groups.values())[g]
         if not by_source:
             chosen.update(random.permutation(group)[: round(fraction * len(group))].tolist())
-        elif len(chosen) < fraction * len(records):
+            continue
+        taken = Counter(label for i in group for label in records[i].labels)
+        if len(chosen) < fraction * len(records) and all(left[k] > taken[k] for k in taken):
             chosen.update(group)
+            left -= taken
     train, val = ([r for i, r in enumerate(records) if (i in chosen) == kept] for kept in (0, 1))
+    if not train or not val:
+        raise ValueError(
+            f"{len(records)} labelled texts are too few for val_fraction={fraction}: give more, "
+            "or others with --val_input FILE"
+        )
     return train, val

@@ -3,88 +3,19 @@
 Python's own documentation is on every machine that runs this. Tiny Shakespeare is downloaded once.
 """
 
-import ast
 import hashlib
 import http.client
-import inspect
-import platform
-import sysconfig
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from nanolm.system.files import sha256, whole_file
 from nanolm.text.corpus import Corpus
-from nanolm.text.documents import documents, read_parts
-
-
-def pydocs(folder: Path) -> Corpus:
-    """English prose that comes with Python: its reference, and the library's docstrings.
-
-    (It needs no folder.)
-    """
-    texts = cache(pydocs_documents)  # it takes seconds, and little memory
-    source = f"the documentation in Python {platform.python_version()}"
-    return Corpus(source, lambda: documents(texts()))
-
-
-def pydocs_documents() -> list[str]:
-    """One document for each topic of the reference and each module, in an order that mixes them.
-
-    The order is that of their hashes: the same on every machine, and the end, which becomes the
-    validation set, is about as easy as the rest. Text outside ASCII is left out, for a small
-    alphabet.
-    """
-    texts = {*reference_topics(), *standard_library_docstrings()}
-    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-
-
-def reference_topics() -> Iterator[str]:
-    """The topics that help() knows."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
-        topics = {}
-    for name in sorted(topics):
-        if topics[name].isascii():
-            yield topics[name].strip() + "\n\n\n"
-
-
-def standard_library_docstrings() -> Iterator[str]:
-    """For each module of the standard library its docstrings, from top to bottom, each once.
-
-    The files are parsed, not imported.
-    """
-    library = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests"}
-    skipped |= {"idlelib", "lib2to3", "pydoc_data"}
-    seen = set()
-    for path in sorted(library.rglob("*.py")):
-        if skipped.intersection(path.relative_to(library).parts):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except SyntaxError:
-            continue  # a template, or a file made to be wrong
-        texts = [text for text in docstrings(tree) if text.isascii() and text not in seen]
-        seen.update(texts)
-        if texts:
-            yield "\n\n".join(texts) + "\n\n\n"
-
-
-def docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module and of all that it defines, from top to bottom, unindented."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
-        if text:
-            yield text
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):
-            yield from docstrings(child)
-
+from nanolm.text.documents import read_parts
+from nanolm.text.library import pydocs, pymodules, pyroles
+from nanolm.text.records import Record
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -135,14 +66,17 @@ def download(url: str, path: Path, *, size: int, sha256_wanted: str, timeout: fl
 
 @dataclass(frozen=True)
 class KnownDataset:
-    """A corpus that nanolm can find by itself, and the tokenizer that goes with it."""
+    """Texts that nanolm can find by itself, and the tokenizer that goes with them."""
 
-    corpus: Callable[[Path], Corpus]  # given the dataset's folder
-    tokenizer: str  # as for prepare.py
+    texts: Callable[[Path], Corpus | list[Record]]  # given the dataset's folder
+    tokenizer: str  # as for prepare.py, or that of another known dataset
+    task: str = "causal"
 
 
 KNOWN_DATASETS = {
     "pydocs": KnownDataset(pydocs, "bpe:2048"),
+    "pymodules": KnownDataset(pymodules, "pydocs", "classification"),
+    "pyroles": KnownDataset(pyroles, "bpe:2048", "tagging"),
     "shakespeare": KnownDataset(tiny_shakespeare, "gpt2"),
     "shakespeare_char": KnownDataset(tiny_shakespeare, "char"),
 }

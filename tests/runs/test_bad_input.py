@@ -113,11 +113,18 @@ def tokenizer(spec: str) -> tuple[str, ...]:
     return prepare_text(f"--tokenizer={spec}")
 
 
+def kinds(*rows: str):
+    return write("kinds.csv", "\n".join(("text,label", *rows, "")))
+
+
 def world(size: str) -> tuple[tuple[str, str], ...]:
     return (("WORLD_SIZE", size),)
 
 
 AGAIN = "prepare it again"
+KINDS = ("prepare", "new", "--task=classification", "--input=kinds.csv")
+TAGS = ("prepare", "new", "--task=tagging", "--input=t.conll")
+VAL = (*KINDS, "--val_input=b.csv")
 OVER_TINY = ("prepare", "tiny", "--input", "new.txt")
 AGAIN_FROM = ("train", *TINY, "--out_dir=out/tiny", "--overwrite=true")
 ALL = train("--gradient_accumulation_steps=2", "--backend=nccl")
@@ -196,6 +203,19 @@ ROWS = [
     row("learn 0", some_text, prepare_text("--tokenizer_bytes=0"), "tokenizer_bytes=0", "least 1"),
     row("fraction 0", write("new.txt", "a" * 99), prepare_text("--val_fraction=0"), "above 0"),
     row("fraction 1", write("new.txt", "a" * 99), prepare_text("--val_fraction=1"), "below 1"),
+    row("no label", kinds("a,"), KINDS, "kinds.csv, line 2", "the label is ''"),
+    row("one class", kinds("a,x", "b,x"), KINDS, "one label", "'x'"),
+    row("columns", write("t.conll", "a X\nb\n"), TAGS, "t.conll, line 2", "1 columns"),
+    row("labels", kinds(*(f"a,{i}" for i in range(5000))), KINDS, "5,000 labels", "1,000"),
+    row("no words", kinds(" ,x"), KINDS, "kinds.csv, line 2", "a text is needed"),
+    row("unseen label", write("b.csv", "text,label\na,x\n"), VAL, "b.csv, line 2", "label 'x'"),
+    row("few texts", kinds("a,x", "b,y"), KINDS, "2 labelled texts are too few", "--val_input"),
+    row("no labels", nothing, ("prepare", "new", "--task=tagging"), "'new'", "--input"),
+    row("task", some_text, prepare_text("--task=x"), "task='x'", "classification"),
+    row("known task", nothing, ("prepare", "pydocs", "--task=tagging"), "choose causal"),
+    row("text for a task", nothing, train("--task=tagging"), "prepared for 'causal'", "--dataset"),
+    row("score", nothing, train("--best_by=f1"), "best_by='f1'", "loss"),
+    row("no mask", nothing, train("--task=masked"), "<|mask|>", "--tokenizer=bpe"),
     row("other text", some_text, OVER_TINY, "text.txt there and new.txt here", "--overwrite=true"),
     row("worse text", write("new.txt"), (*OVER_TINY, "--overwrite=true"), "empty text"),
     row("check nothing", nothing, ("prepare", "new", "--check"), "data/new", "prepare.py new"),

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from nanolm.runs.log import (
     read_metrics,
     wandb_log,
 )
-from nanolm.runs.pictures import draw_losses
+from nanolm.runs.pictures import draw_confusion, draw_losses
 from nanolm.runs.settings import TrainConfig
 
 CONFIG = TrainConfig(
@@ -139,3 +140,9 @@ def test_rows_are_sent_to_weights_and_biases_under_the_name_of_the_run(monkeypat
     wandb_log("nanolm", "pydocs", config)({"step": 3, "loss": 1.0})
     assert sent[0] == {"project": "nanolm", "name": "pydocs", "config": config}
     assert sent[1] == ({"step": 3, "loss": 1.0}, 3)
+
+
+def test_a_confusion_is_drawn_with_many_labels_and_without_any_example(tmp_path):
+    for n in (2, 30):
+        draw_confusion(np.zeros((n, n)), [f"label {i}" for i in range(n)], tmp_path / f"{n}.png")
+        assert (tmp_path / f"{n}.png").read_bytes().startswith(b"\x89PNG")

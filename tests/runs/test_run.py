@@ -21,7 +21,7 @@ from nanolm.runs.start import fit_to_task, start_run
 from nanolm.system.config import load_config
 from nanolm.tasks import causal
 from nanolm.tasks.table import make_task
-from nanolm.text.tokenizer import load_tokenizer
+from nanolm.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -504,6 +504,36 @@ def test_sampling_greedily_needs_no_seed(tiny_run, run_main):
     _, other, _ = run_main("sample", *flags, "--seed=3")
     assert first == other
     assert len(set(first.split("\n---------------\n")[:2])) == 1
+
+
+def test_a_run_with_labels_begins_with_the_weights_of_a_masked_one(tiny_run, capsys):
+    """All but its head are taken over, and the mask that the dataset's tokens lack."""
+    prepare("more", task="classification", inputs=("kinds.csv",), tokenizer="data/words")
+    masked = train(*TASKS["masked"], "--out_dir=out/masked")
+    keys = ["--task=classification", "--dataset=more", "--init_from=out/masked"]
+    folder = train(*keys, "--learning_rate=1e-12", "--min_lr=0", "--out_dir=out/labels")
+    assert "head      fresh: 2 labels" in capsys.readouterr().out
+    before, after = (load(path / "best.pt")["model"] for path in (masked, folder))
+    assert after["head.weight"].shape == (2, 8)
+    for name in after:
+        if not name.startswith(("head.", "transform.")):
+            assert torch.allclose(before[name], after[name], atol=1e-6), name
+    assert load_tokenizer(folder / TOKENIZER_FILE) == load_tokenizer(masked / TOKENIZER_FILE)
+
+
+def test_a_decoder_cannot_be_trained_as_an_encoder(tiny_run):
+    train("--dataset=words", "--out_dir=out/decoder")
+    with pytest.raises(ValueError, match="out/decoder is a decoder, and task='masked' trains an"):
+        train(*TASKS["masked"], "--init_from=out/decoder")
+
+
+def test_the_best_may_be_chosen_by_another_score(tiny_run):
+    keys = [*TASKS["masked"], "--best_by=accuracy", "--max_iters=20", "--eval_interval=1"]
+    folder = train(*keys, "--learning_rate=0.1", "--keep_checkpoints=99", "--eval_iters=0")
+    rows = [row for row in numbers(folder) if "val_loss" in row and row["step"] > 0]
+    highest = max(rows, key=lambda row: row["accuracy"])
+    assert load(folder / "best.pt")["step"] == highest["step"]
+    assert highest["step"] != min(rows, key=lambda row: row["val_loss"])["step"]
 
 
 def test_what_fills_up_a_batch_is_not_counted_as_work(tiny_run):

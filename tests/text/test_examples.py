@@ -61,7 +61,21 @@ def test_of_many_files_whole_ones_are_kept_for_validation(files):
     assert sorted(train + val) == sorted(records)
     if len(set(files)) >= ENOUGH_SOURCES:
         assert not {r.source for r in train} & {r.source for r in val}
-        assert len(val) >= 0.2 * len(records)
+        assert len(val) <= 0.2 * len(records) + max(map(files.count, files))
+
+
+def test_no_label_is_left_without_a_text_for_training():
+    """Here all of one label's are in one file."""
+    records = [Record((str(i),), ("ab"[i >= 90],), str(i // 10), "") for i in range(100)]
+    for fraction in (0.1, 0.5, 0.9):
+        train, val = split_records(records, fraction)
+        assert {r.labels for r in train} == {("a",), ("b",)}
+        assert val
+
+
+def test_too_few_texts_are_told_so():
+    with pytest.raises(ValueError, match=r"3 labelled texts are too few for val_fraction=0\.1"):
+        split_records([record("a")] * 3, 0.1)
 
 
 def test_numbers_come_before_names_and_by_their_size():

@@ -12,14 +12,9 @@ from urllib.error import HTTPError
 import pytest
 
 from nanolm.runs.prepare import find_dataset, prepare
-from nanolm.text import known
-from nanolm.text.known import (
-    KNOWN_DATASETS,
-    docstrings,
-    download,
-    pydocs_documents,
-    tiny_shakespeare,
-)
+from nanolm.text import known, library
+from nanolm.text.known import KNOWN_DATASETS, download, tiny_shakespeare
+from nanolm.text.library import docstrings, pydocs_documents
 
 
 def everything(folder: Path) -> list[str]:
@@ -89,16 +84,16 @@ def test_docstrings_in_handlers_and_cases_count_too():
 
 
 def test_documents_are_mixed_the_same_way_whatever_the_order_they_are_found_in(monkeypatch):
-    topics, library = [f"topic {i}" for i in range(20)], [f"module {i}" for i in range(20)]
+    topics, modules = [f"topic {i}" for i in range(20)], [f"module {i}" for i in range(20)]
     orders = []
     for step in (1, -1):
-        monkeypatch.setattr(known, "reference_topics", lambda step=step: topics[::step])
+        monkeypatch.setattr(library, "reference_topics", lambda step=step: topics[::step])
         monkeypatch.setattr(
-            known, "standard_library_docstrings", lambda step=step: library[::step]
+            library, "standard_library_docstrings", lambda step=step: modules[::step]
         )
         orders.append(list(pydocs_documents()))
     assert orders[0] == orders[1]
-    assert sorted(orders[0]) == sorted(topics + library)
+    assert sorted(orders[0]) == sorted(topics + modules)
     kinds = "".join(text[0] for text in orders[0])
     assert "tm" in kinds  # neither one kind
     assert "mt" in kinds  # after the other
@@ -107,8 +102,8 @@ def test_documents_are_mixed_the_same_way_whatever_the_order_they_are_found_in(m
 @pytest.fixture
 def small_library(tmp_path, monkeypatch) -> Path:
     """A standard library of four modules, and no topics."""
-    monkeypatch.setattr(known, "reference_topics", lambda: [])
-    monkeypatch.setattr(known.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(library, "reference_topics", lambda: [])
+    monkeypatch.setattr(library.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     for name, text in {
         "b.py": '"""B."""\ndef f():\n    """Shared."""\n',
         "a.py": '"""A."""\ndef f():\n    """Shared."""\ndef g():\n    """caf\u00e9"""\n',
@@ -123,7 +118,7 @@ def small_library(tmp_path, monkeypatch) -> Path:
 
 
 def test_each_docstring_of_the_library_is_taken_once(small_library):
-    assert list(known.standard_library_docstrings()) == ["A.\n\nShared.\n\n\n", "B.\n\n\n"]
+    assert list(library.standard_library_docstrings()) == ["A.\n\nShared.\n\n\n", "B.\n\n\n"]
 
 
 def test_the_documentation_of_this_python():
@@ -134,6 +129,67 @@ def test_the_documentation_of_this_python():
     assert all(text == text.strip() + "\n\n\n" for text in documents)
     digests = [hashlib.sha256(text.encode()).digest() for text in documents]
     assert digests == sorted(digests)
+
+
+# ------------------------------------------------------------------------------------------
+# Labels that come with Python
+
+
+def test_a_docstring_is_labelled_with_its_package_which_is_not_named_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(library.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    for name, text in {
+        "email/a.py": '"""Email of XMLParser, said politely."""',
+        "mailbox.py": '"""A box."""\ndef f():\n    """A box."""',
+        "json/b.py": '"""Another package."""',
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = [(r.parts, r.labels, r.source) for r in library.pymodules(Path())]
+    assert found == [
+        (("of , said politely.",), ("email",), "email/a.py"),
+        (("A box.",), ("mailbox",), "mailbox.py"),
+    ]
+
+
+ROLES = """
+import a.b as c, d  # import
+from .e import (f,
+    g)
+@dec
+class K(Base):
+    x: int = 1
+    async def m(self, *args, p=0, **kw) -> None:
+        y = h(self.z, k="s", *args).w(x.v)[n]
+        return lambda t: f"{y}" if not t else é.ü()
+"""
+
+
+def test_each_name_of_a_program_has_the_role_that_it_plays():
+    """Names in an f-string are a part of a string, and keywords of the language are no names."""
+    pairs = library.words_and_roles(ROLES, ast.parse(ROLES))
+    found = [(word, role) for word, role in pairs if role]
+    wanted = {
+        "import": "a b c d e f g",
+        "class": "K",
+        "function": "m",
+        "parameter": "self args p kw t",
+        "keyword": "k",
+        "call": "h",
+        "method": "w ü",
+        "attribute": "z v",
+    }
+    for role, names in wanted.items():
+        assert [word for word, its in found if its == role] == names.split(), role
+    variables = [word for word, its in found if its == "variable"]
+    assert [name for name in variables if name not in "y"] == (
+        ["dec", "Base", "x", "int", "self", "args", "x", "n", "t", "é"]
+    )
+
+
+def test_a_line_ends_and_a_string_is_left_as_its_quotes():
+    source = 'x = "a b"  # c\n\ny\n'
+    words = [word for word, _ in library.words_and_roles(source, ast.parse(source))]
+    assert words == ["x", "=", '""', "", "y", ""]
 
 
 # ------------------------------------------------------------------------------------------

@@ -1,0 +1,28 @@
+# Which package of Python's library does a docstring document? An encoder from scratch; to begin
+# with the one of config/masked_pydocs.py, say --init_from=out/masked_pydocs.
+task = "classification"
+dataset = "pymodules"
+best_by = "macro_f1"
+
+causal = False
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+norm = "rms"
+position = "rotary"
+mlp = "swiglu"
+dropout = 0.1
+
+batch_size = 32
+gradient_accumulation_steps = 1
+optimizer = "muon"
+max_iters = 600
+warmup_iters = 40
+learning_rate = 2e-3
+min_lr = learning_rate / 10
+beta2 = 0.99
+
+eval_interval = 60
+eval_iters = 0
+log_interval = 30
