@@ -1,6 +1,7 @@
 """Preparing what a name asks for: a dataset of one's own or a known one, and its tokenizer."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 from nanolm.hub.names import is_hub_name
@@ -22,7 +23,7 @@ from nanolm.text.known import KNOWN_DATASETS
 from nanolm.text.records import Record, read_records
 from nanolm.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
-LABELLED = "bpe:2048"  # the tokenizer of labelled texts, unless another one is asked for
+DEFAULT_TOKENIZERS = {True: CharTokenizer.name, False: "bpe:2048"}  # of texts, of labelled ones
 TOKENIZER_BYTES = 200_000_000  # of text, at most, to learn merges from
 
 
@@ -54,29 +55,25 @@ def prepare(
     there, on bad input, and where another dataset has the name, unless overwrite.
     """
     folder, known = dataset_folder(name), KNOWN_DATASETS.get(name)
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
-    if tokenizer_bytes < 1:
-        raise ValueError(f"tokenizer_bytes={tokenizer_bytes}: must be at least 1")
     task = task or (known.task if known else TASK)
-    if task not in ([known.task] if known else KINDS):
-        raise ValueError(f"task={task!r}: choose {known.task if known else ' or '.join(KINDS)}")
-    labelled = task != TASK
-    default = known.tokenizer if known else LABELLED if labelled else CharTokenizer.name
+    default = known.tokenizer if known else DEFAULT_TOKENIZERS[task == TASK]
     spec = default if tokenizer is None else tokenizer
+    check_numbers(val_fraction, tokenizer_bytes)
+    check_task(name, task, val_inputs)
     check_spec(spec)
-    check_inputs(name, inputs)
-    if labelled:
+    check_inputs(name, (*inputs, *val_inputs))
+    if task == TASK:
+        corpus = known.texts(folder) if known else find_corpus(inputs, text_key=text_key)
+        keys, write = {"text_key": text_key}, partial(write_dataset, val_fraction=val_fraction)
+    else:
         options = {"words": task == "tagging", "label_key": label_key}
         records = known.texts(folder) if known else read_records(inputs, **options)
         others = read_records(val_inputs, **options) if val_inputs else None
         label_names(records, others or ())  # what is wrong with them shows before the long work
-        train, val = (records, others) if others else split_records(records, val_fraction)
-        corpus = corpus_of_records(train, inputs or [name])
+        splits = (records, others) if others else split_records(records, val_fraction)
+        corpus = corpus_of_records(splits[0], inputs or [name])
         keys = {"task": task, "val_input": " ".join(val_inputs), "label_key": label_key}
-    else:
-        corpus = known.texts(folder) if known else find_corpus(inputs, text_key=text_key)
-        keys = {"text_key": text_key}
+        write = partial(write_labelled, task, *splits)
     made_with = {
         "input": " ".join(inputs) or corpus.source,
         "bytes": corpus.size,
@@ -92,13 +89,24 @@ def prepare(
     for line in (f"preparing {folder} from {corpus.source}", *corpus.notes):
         print(line, flush=True)
     made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes)
-    if labelled:
-        from nanolm.tasks.table import TASKS  # with torch, which takes seconds and memory
-
-        TASKS[task].prepare(folder, train, val, made, made_with=made_with)
-    else:
-        write_dataset(folder, corpus, made, val_fraction=val_fraction, made_with=made_with)
+    write(folder, corpus, made, made_with=made_with)
     return folder
+
+
+def write_labelled(
+    task: str,
+    train: list[Record],
+    val: list[Record],
+    folder: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    made_with: dict,
+) -> None:
+    """Encode records into a dataset folder, as their task does it."""
+    from nanolm.tasks.table import TASKS  # brings torch, which takes seconds and memory
+
+    TASKS[task].prepare(folder, train, val, tokenizer, source=corpus.source, made_with=made_with)
 
 
 def corpus_of_records(records: list[Record], inputs: tuple[str, ...]) -> Corpus:
@@ -106,6 +114,25 @@ def corpus_of_records(records: list[Record], inputs: tuple[str, ...]) -> Corpus:
     texts = [" ".join(record.parts) for record in records]
     size = sum(len(text.encode()) for text in texts)
     return Corpus(", ".join(inputs), lambda: documents(texts), size)
+
+
+def check_numbers(val_fraction: float, tokenizer_bytes: int) -> None:
+    """Raise ValueError where one of them is out of range."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+    if tokenizer_bytes < 1:
+        raise ValueError(f"tokenizer_bytes={tokenizer_bytes}: must be at least 1")
+
+
+def check_task(name: str, task: str, val_inputs: tuple[str, ...]) -> None:
+    """Raise ValueError where a dataset cannot be for the task, or has no use for val_inputs."""
+    kinds = [KNOWN_DATASETS[name].task] if name in KNOWN_DATASETS else KINDS
+    if task not in kinds:
+        raise ValueError(f"task={task!r}: choose {' or '.join(kinds)}")
+    if val_inputs and task == TASK:
+        raise ValueError(
+            "--val_input gives labelled texts: choose --task=classification or --task=tagging"
+        )
 
 
 def check_inputs(name: str, inputs: tuple[str, ...]) -> None:

@@ -62,15 +62,19 @@ class LabelledTask:
         val: Sequence[Record],
         tokenizer: Tokenizer,
         *,
+        source: str = "",
         made_with: Mapping[str, Any] = {},
     ) -> None:
-        """Encode records into a dataset folder, whole or not at all."""
+        """Encode records into a dataset folder, whole or not at all.
+
+        source: where they come from, in words. made_with: what was asked for.
+        """
         names = label_names(train, val)
         meta = {
             "format": FORMAT,
             "task": cls.reads,
             "made_with": made_with,
-            "source": made_with.get("input", ""),
+            "source": source,
             "labels": names,
             "baselines": usual_scores(train, val, names, unit=cls.unit),
             "tokenizer": tokenizer.name,

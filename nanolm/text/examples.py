@@ -80,26 +80,26 @@ def in_order(name: str) -> tuple[bool, int, str]:
 
 
 def split_records(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
-    """Training and validation records: whole files or documents, where there are enough of them.
+    """Training and validation records, of each label about its share.
 
-    Otherwise of each label its share. No label is left without a text for training, and the same
-    records are always split alike. Raises ValueError where there are too few.
+    Whole files or documents where there are enough of them: each is taken that brings the shares
+    of its labels nearer. No label is left without a text for training, and the same records are
+    always split alike. Raises ValueError where there are too few.
     """
-    random, groups = np.random.default_rng(0), defaultdict(list)
-    by_source = len({record.source for record in records}) >= ENOUGH_SOURCES
+    groups, by_source = defaultdict(list), len({r.source for r in records}) >= ENOUGH_SOURCES
     for i, record in enumerate(records):
-        one_label = record.labels[0] if len(record.labels) == 1 else None
-        groups[record.source if by_source else one_label].append(i)
-    chosen, left = set(), Counter(label for record in records for label in record.labels)
-    for g in random.permutation(len(groups)):
-        group = list(groups.values())[g]
-        if not by_source:
-            chosen.update(random.permutation(group)[: round(fraction * len(group))].tolist())
-            continue
-        taken = Counter(label for i in group for label in records[i].labels)
-        if len(chosen) < fraction * len(records) and all(left[k] > taken[k] for k in taken):
-            chosen.update(group)
-            left -= taken
+        groups[record.source if by_source else i].append(i)
+    parts, chosen, held = list(groups.values()), set(), Counter()
+    total = Counter(label for record in records for label in record.labels)
+    for number in np.random.default_rng(0).permutation(len(parts)):
+        own = Counter(label for i in parts[number] for label in records[i].labels)
+        gain = sum(
+            abs(held[k] / total[k] - fraction) - abs((held[k] + n) / total[k] - fraction)
+            for k, n in own.items()
+        )
+        if gain > 0 and all(held[k] + n < total[k] for k, n in own.items()):
+            chosen.update(parts[number])
+            held += own
     train, val = ([r for i, r in enumerate(records) if (i in chosen) == kept] for kept in (0, 1))
     if not train or not val:
         raise ValueError(

@@ -21,6 +21,10 @@ example = st.tuples(
 )
 
 
+def several(files: list[int]) -> bool:
+    return len(set(files)) >= ENOUGH_SOURCES
+
+
 def record(label: str, source: str = "a") -> Record:
     return Record(("text",), (label,), source, "a, line 1")
 
@@ -50,24 +54,24 @@ def test_of_few_files_each_label_gives_its_share_to_validation(labels, fraction)
     assert (train, val) == split_records(records, fraction)
     for label in set(labels):
         n = labels.count(label)
-        assert sum(r.labels == (label,) for r in val) == round(n * fraction)
+        assert abs(sum(r.labels == (label,) for r in val) - n * fraction) <= 0.5
 
 
-@given(st.lists(st.integers(0, 9), min_size=30, max_size=60))
+@given(st.lists(st.integers(0, 9), min_size=30, max_size=60).filter(several))
 def test_of_many_files_whole_ones_are_kept_for_validation(files):
     """So that no text is judged by another one of its own file."""
     records = [Record((str(i),), ("x",), str(file), "") for i, file in enumerate(files)]
     train, val = split_records(records, 0.2)
     assert sorted(train + val) == sorted(records)
-    if len(set(files)) >= ENOUGH_SOURCES:
-        assert not {r.source for r in train} & {r.source for r in val}
-        assert len(val) <= 0.2 * len(records) + max(map(files.count, files))
+    assert not {r.source for r in train} & {r.source for r in val}
+    if min(map(files.count, files)) < 0.4 * len(files):  # one of them is small enough
+        assert 0 < len(val) < 0.4 * len(records)  # nearer to 0.2 than nothing
 
 
 def test_no_label_is_left_without_a_text_for_training():
     """Here all of one label's are in one file."""
     records = [Record((str(i),), ("ab"[i >= 90],), str(i // 10), "") for i in range(100)]
-    for fraction in (0.1, 0.5, 0.9):
+    for fraction in (0.1, 0.5, 0.8):
         train, val = split_records(records, fraction)
         assert {r.labels for r in train} == {("a",), ("b",)}
         assert val
