@@ -1,5 +1,8 @@
 # Which package of Python's library does a docstring document? An encoder from scratch; to begin
 # with the one of config/masked_pydocs.py, say --init_from=out/masked_pydocs.
+#
+# Measured on one core, float32: macro F1 0.464 from scratch, 0.485 from masked pretraining; naive
+# Bayes on words has 0.518.
 task = "classification"
 dataset = "pymodules"
 best_by = "macro_f1"
@@ -12,17 +15,16 @@ block_size = 128
 norm = "rms"
 position = "rotary"
 mlp = "swiglu"
-dropout = 0.1
+dropout = 0.2
 
 batch_size = 32
 gradient_accumulation_steps = 1
-optimizer = "muon"
-max_iters = 600
+max_iters = 240
 warmup_iters = 40
-learning_rate = 2e-3
+learning_rate = 5e-4
 min_lr = learning_rate / 10
 beta2 = 0.99
 
-eval_interval = 60
+eval_interval = 40
 eval_iters = 0
-log_interval = 30
+log_interval = 20
