@@ -125,6 +125,19 @@ def test_a_text_that_is_too_long_is_cut_and_its_end_stays(keys, length):
     assert batch["ids"][0, :n].tolist() == [*range(n - 1), BARE.end_of_text]
 
 
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5))
+def test_a_decoder_answers_at_the_last_token_and_bert_at_the_first(lengths):
+    rows = [[0] * n for n in lengths]
+    for keys, wanted in (
+        ({"causal": True}, [[min(n, 16) - 1] for n in lengths]),
+        ({"norm_first": False}, [[0] for _ in lengths]),
+    ):
+        task, _ = task_of(ClassificationTask, **keys)
+        assert task.places(task.inputs(rows, BARE)[1])["places"].tolist() == wanted
+    task, _ = task_of(ClassificationTask)
+    assert task.places(task.inputs(rows, BARE)[1]) == {}  # the mean of all
+
+
 def test_a_pair_is_two_texts_of_two_types():
     task, _ = task_of(ClassificationTask, norm_first=False, n_types=2)
     ids, _ = ClassificationTask.encode(
