@@ -4,8 +4,8 @@
 
 Random small models in float32: some are made by transformers and read here, the others are made
 here and read by transformers. A difference counts in units of the largest logit, if that is above
-1. Every tenth model is shown a long context, too: rotary angles grow with the position, and so
-does what is wrong with them.
+1. An encoder gets padded rows, and pairs of texts where it knows of them. Every tenth model is
+shown a long context, too: rotary angles grow with the position, and so does what is wrong there.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
 
 from benchmarks.compare import at_least_1, new_file, run_benchmark, write
 from nanolm.hub.families import FAMILIES, OURS, config_json
 from nanolm.hub.models import export_model
 from nanolm.hub.tokenizers import write_tokenizer
 from nanolm.layers import ModelConfig
-from nanolm.model import GPT
+from nanolm.model import Transformer, build_model
 from nanolm.runs.load import load_model
 from nanolm.text.tokenizer import CharTokenizer
 
@@ -31,15 +31,18 @@ TOKENIZER = CharTokenizer(map(chr, range(97)))
 SHORT, LONG = (2, 64), (1, 8192)  # (B, T)
 
 
-def draw_config(name: str) -> ModelConfig:
+def draw_config(name: str, head: str) -> ModelConfig:
     """A small model that the family of that name can have."""
     family = FAMILIES[name]
+    labels = tuple("abc") if head != "tokens" else ()
     n_kv_head = random.choice([1, 2, 3])
     n_head = n_kv_head * random.choice([1, 2]) if "n_kv_head" in family.keys else n_kv_head
     sizes = {"head_size": random.choice([16, 32]), "n_kv_head": n_kv_head}
+    if "head_size" not in family.keys:
+        sizes = {}
+    tied = {"tie_embeddings": random.choice([False, True])}
     return ModelConfig(
-        **family.shape,
-        **(sizes if "head_size" in family.keys else {}),
+        **(tied | family.shape | sizes | {"head": head, "labels": labels}),
         vocab_size=TOKENIZER.vocab_size,
         block_size=LONG[1],
         n_layer=random.choice([1, 2, 4]),
@@ -49,7 +52,6 @@ def draw_config(name: str) -> ModelConfig:
         norm_eps=random.choice([1e-6, 1e-5, 1e-2]),
         rope_theta=random.choice([1e4, 1e6]),
         bias=name != "qwen3" and random.choice([False, True]),
-        tie_embeddings=random.choice([False, True]),
     )
 
 
@@ -60,30 +62,46 @@ def scramble(model: torch.nn.Module) -> None:
         weight += 0.1 * torch.randn_like(weight)
 
 
-def read(config: ModelConfig, name: str, folder: Path) -> tuple[GPT, torch.nn.Module]:
+def read(config: ModelConfig, name: str, folder: Path) -> tuple[Transformer, torch.nn.Module]:
     """A model of transformers, read here and as it is."""
-    theirs = config_json(FAMILIES[name], config) | {"bos_token_id": None, "eos_token_id": None}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    theirs = config_json(FAMILIES[name], config) | ends
     del theirs[OURS]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **theirs)).eval()
+    kind = getattr(transformers, FAMILIES[name].heads[config.head].architecture)
+    model = kind(transformers.AutoConfig.for_model(name, **theirs)).eval()
     scramble(model)
     model.save_pretrained(folder)
-    write_tokenizer(TOKENIZER, folder, block_size=LONG[1])
+    write_tokenizer(TOKENIZER, folder, config)
     return load_model(folder)[0], model
 
 
-def written(config: ModelConfig, name: str, folder: Path) -> tuple[GPT, torch.nn.Module]:
+def written(config: ModelConfig, name: str, folder: Path) -> tuple[Transformer, torch.nn.Module]:
     """A model of ours, as it is and read by transformers."""
-    model = GPT(config).eval()
+    model = build_model(config).eval()
     scramble(model)
-    assert export_model(model, TOKENIZER, folder) == FAMILIES[name].architecture
-    return model, AutoModelForCausalLM.from_pretrained(folder)
+    kind = getattr(transformers, export_model(model, TOKENIZER, folder))
+    return model, kind.from_pretrained(folder)
 
 
 @torch.no_grad()
-def difference(model: GPT, theirs: torch.nn.Module, shape: tuple[int, int]) -> float:
+def difference(model: Transformer, theirs: torch.nn.Module, shape: tuple[int, int]) -> float:
     """max |a - b| / max(1, max |b|) of the logits, a being ours, of random tokens (B, T)."""
+    (B, T), config = shape, model.config
     ids = torch.randint(TOKENIZER.vocab_size, shape)
-    ours, wanted = model(ids)[0], theirs(ids).logits
+    if config.causal:
+        ours, wanted = model(ids)[0], theirs(ids).logits
+    else:
+        lengths = torch.randint(1, T + 1, (B, 1))
+        mask = torch.arange(T) < lengths
+        their_inputs, our_inputs = {"attention_mask": mask.long()}, {"mask": mask}
+        if config.n_types:
+            our_inputs["types"] = (torch.arange(T) >= lengths // 2).long()
+            their_inputs["token_type_ids"] = our_inputs["types"]
+            if config.head == "text":
+                our_inputs["places"] = torch.zeros(B, 1, dtype=torch.long)
+        ours, wanted = model(ids, **our_inputs)[0], theirs(ids, **their_inputs).logits
+        real = mask if config.head != "text" else torch.ones(B, dtype=torch.bool)
+        ours, wanted = ours.view(wanted.shape)[real], wanted[real]
     return ((ours - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
 
 
@@ -99,19 +117,20 @@ def main(words: list[str]) -> None:
     random.seed(0)
     torch.manual_seed(0)
     results = {}
-    for name in FAMILIES:
+    kinds = [(name, head) for name, family in FAMILIES.items() for head in family.heads]
+    for name, head in kinds:
         for way in (read, written):
             found = {SHORT: [], LONG: []}
             for i in range(options.models):
                 quiet = contextlib.redirect_stderr(io.StringIO())  # progress bars
                 with TemporaryDirectory() as folder, quiet:
-                    models = way(draw_config(name), name, Path(folder))
+                    models = way(draw_config(name, head), name, Path(folder))
                 for shape in found if i % 10 == 0 else (SHORT,):
                     found[shape].append(difference(*models, shape))
             for (_, length), differences in found.items():
                 largest = max(differences)
-                results[f"{name}, {way.__name__}, {length} tokens"] = largest
-                title = f"{name:6} {way.__name__:8} {length:5} tokens"
+                results[f"{name}, {head}, {way.__name__}, {length} tokens"] = largest
+                title = f"{name:8} {head:6} {way.__name__:8} {length:5} tokens"
                 print(f"{title} {largest:.1e} in {len(differences)} models", flush=True)
     write(options.json, results)
 

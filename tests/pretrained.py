@@ -11,12 +11,12 @@ from conftest import TEXT
 from safetensors.torch import load_file, save_file
 from strategies import random_tokens, scramble
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from nanolm.hub.families import FAMILIES
+from nanolm.hub.families import FAMILIES, Family
 from nanolm.hub.models import CONFIG, WEIGHTS
 from nanolm.hub.tokenizers import write_tokenizer
-from nanolm.model import GPT
+from nanolm.layers import ModelConfig
+from nanolm.model import Transformer
 from nanolm.sampling import generate
 from nanolm.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
@@ -27,29 +27,59 @@ TOKENIZERS = {"char": CHARACTERS, "bpe": BPETokenizer.train([TEXT], 263)}
 T = 31  # the shortest context: room for a prompt and 20 tokens
 SMALL = {"block_size": T, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 12, "n_hidden": 17}
 SMALL |= {"vocab_size": CHARACTERS.vocab_size, "head_size": 4}
-every_family = pytest.mark.parametrize("family", FAMILIES)
+# A family and what its models end in, by a name of both.
+MODELS = {
+    name if head == "tokens" else f"{name}-{head}": (name, head)
+    for name, family in FAMILIES.items()
+    for head in family.heads
+}
+LABELS = ("b", "a", "c")
+DECODERS = [name for name, family in FAMILIES.items() if family.shape["causal"]]
+ENCODERS = [name for name in MODELS if name not in DECODERS]
+every_model = pytest.mark.parametrize("name", MODELS)
+every_decoder = pytest.mark.parametrize("name", DECODERS)
 
 
-def their_config(family: str, ours: dict = SMALL, **theirs) -> transformers.PreTrainedConfig:
+def family_of(name: str) -> Family:
+    """The family of a model of that name."""
+    return FAMILIES[MODELS[name][0]]
+
+
+def shape_of(name: str) -> dict:
+    """What all ModelConfigs of that name have."""
+    family, head = family_of(name), MODELS[name][1]
+    return family.shape | {"head": head, "labels": LABELS if head != "tokens" else ()}
+
+
+def their_config(name: str, ours: dict = SMALL, **theirs) -> transformers.PreTrainedConfig:
     """A config of transformers, of our keys as far as the family has them, and some of its own."""
-    names = FAMILIES[family].keys
+    (family, head), names = MODELS[name], family_of(name).keys
+    head = FAMILIES[family].heads[head]
     keys = {names[key]: value for key, value in ours.items() if key in names}
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"))
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    keys |= {"architectures": [head.architecture], **head.required}
+    if shape_of(name)["labels"]:
+        keys |= {"id2label": dict(enumerate(LABELS))}
     return transformers.AutoConfig.for_model(family, **ends | keys | theirs)
+
+
+def their_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
+    return getattr(transformers, config.architectures[0])
 
 
 def save_theirs(
     folder: Path, config, *, seed: int = 7, scale: float = 0.1, dtype=torch.float32, **options
 ) -> Path:
     """Write a model of transformers with random weights, and a tokenizer beside it."""
-    model = scramble(AutoModelForCausalLM.from_config(config), seed, scale=scale)
+    model = scramble(their_class(config)(config), seed, scale=scale)
     model.to(dtype).save_pretrained(folder, **options)
-    write_tokenizer(CHARACTERS, folder, block_size=T)
+    write_tokenizer(CHARACTERS, folder, ModelConfig(block_size=T))
     return folder
 
 
 def read_theirs(folder: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    kind = their_class(transformers.AutoConfig.from_pretrained(folder))
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def change_config(folder: Path, *, without: Iterable[str] = (), **changes: object) -> Path:
@@ -73,10 +103,37 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 
 
 @torch.no_grad()
-def assert_same_model(ours: GPT, theirs: torch.nn.Module) -> None:
-    """Logits, loss, and 20 tokens, each the likeliest, are those of transformers."""
+def assert_same_logits(ours: Transformer, theirs: torch.nn.Module, length: int = T) -> None:
+    """Those of random tokens are those of transformers; an encoder's rows are padded, of pairs."""
+    ids = random_tokens(ours.config, 5, batch=3, length=length)
+    if ours.config.causal:
+        assert_close(ours(ids)[0], theirs(ids).logits)
+        return
+    mask = torch.arange(length) < torch.tensor([[length], [length - 3], [5]])
+    options = {"attention_mask": mask.long()}
+    places, types = None, None
+    if ours.config.n_types:
+        types = (torch.arange(length) >= 3).long().expand(3, -1)
+        options["token_type_ids"] = types
+        if ours.config.head == "text":
+            places = torch.zeros(3, 1, dtype=torch.long)
+    found = ours(ids, mask=mask, places=places, types=types)[0]
+    wanted = theirs(ids, **options).logits
+    if ours.config.head == "text":
+        assert_close(found[:, 0], wanted)
+    else:
+        assert_close(found[mask], wanted[mask])
+
+
+@torch.no_grad()
+def assert_same_model(ours: Transformer, theirs: torch.nn.Module) -> None:
+    """Logits, names of labels, loss, and 20 tokens, each the likeliest, are transformers'."""
+    assert_same_logits(ours, theirs)
+    if not ours.config.causal:
+        names = tuple(theirs.config.id2label.values())
+        assert ours.config.labels in (names, ())
+        return
     ids = random_tokens(ours.config, 5, batch=3, length=T)
-    assert_close(ours(ids)[0], theirs(ids).logits)
     assert_close(ours(ids[:, :-1], ids[:, 1:])[1], theirs(ids, labels=ids).loss)
     prompt, mask = ids[:, :5], torch.ones(3, 5)
     drawn = generate(ours, prompt, max_new_tokens=20, temperature=0)
@@ -84,7 +141,7 @@ def assert_same_model(ours: GPT, theirs: torch.nn.Module) -> None:
     assert torch.equal(torch.stack(list(drawn), dim=1), wanted[:, 5:])
 
 
-def assert_equal(a: tuple[GPT, Tokenizer], b: tuple[GPT, Tokenizer]) -> None:
+def assert_equal(a: tuple[Transformer, Tokenizer], b: tuple[Transformer, Tokenizer]) -> None:
     """Two models and their tokenizers are the same, bit for bit."""
     (model, tokenizer), (other, other_tokenizer) = a, b
     assert (model.config, tokenizer) == (other.config, other_tokenizer)

@@ -5,7 +5,7 @@ nanolm has no key for has to be as it is here. The functions go both ways.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -19,30 +19,39 @@ LARGEST = 2**24  # of any number of channels, tokens, layers
 OURS = "nanolm"  # the key of config.json under which an export keeps its ModelConfig
 
 
+@dataclass(frozen=True)
+class Head:
+    """What some of a family's models end in."""
+
+    architecture: str  # the class of such a model
+    weights: str  # a table of modules, as below, by names without a prefix
+    required: dict[str, Any] = field(default_factory=dict)  # as that of a family
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How an architecture of transformers spells a model."""
+    """How transformers spells a kind of models."""
 
-    architecture: str  # its class
+    heads: dict[str, Head]  # by what ModelConfig calls them
     shape: dict[str, Any]  # what the ModelConfig of each of its models has
     keys: dict[str, str]  # keys of ModelConfig -> its own
     defaults: dict[str, Any]  # what its keys mean where they are missing; others must be there
     required: dict[str, Any]  # further keys of its own, and the one value that we have, too
     biases: tuple[str, ...]  # keys of its own that give some modules a bias
     dropout: tuple[str, ...]  # keys of its own for our dropout
-    prefix: str  # of the names of all weights but lm_head's; some files leave it out
+    prefix: str  # of the names of all weights but those of the head; some files leave it out
     weights: str  # a table of modules, as below
     splits_evenly: bool = True  # n_head has to divide n_embd
 
 
-DECODER = {"causal": True, "norm_first": True, "n_types": 0, "head": "tokens", "labels": ()}
+DECODER = {"causal": True, "norm_first": True, "n_types": 0}
 
 # A row for each module: our name (N is the number of the layer; q+k+v are stacked into one), its
 # own, and remarks: whether it has a bias (always, or by which key), whether its weight is
 # transposed. A row of a module that a model does not have is passed over.
 
 GPT2 = Family(
-    architecture="GPT2LMHeadModel",
+    heads={"tokens": Head("GPT2LMHeadModel", "head lm_head")},
     shape={**DECODER, "norm": "layer", "position": "learned", "mlp": "gelu", "qk_norm": False},
     keys={
         "vocab_size": "vocab_size",
@@ -74,12 +83,11 @@ GPT2 = Family(
         blocks.N.mlp.up        h.N.mlp.c_fc       bias  transposed
         blocks.N.mlp.down      h.N.mlp.c_proj     bias  transposed
         norm                   ln_f               bias
-        head                   lm_head
     """,
 )
 
 LLAMA = Family(
-    architecture="LlamaForCausalLM",
+    heads={"tokens": Head("LlamaForCausalLM", "head lm_head")},
     shape={**DECODER, "norm": "rms", "position": "rotary", "mlp": "swiglu", "qk_norm": False},
     keys={
         "vocab_size": "vocab_size",
@@ -119,14 +127,13 @@ LLAMA = Family(
         blocks.N.mlp.up        layers.N.mlp.up_proj          mlp_bias
         blocks.N.mlp.down      layers.N.mlp.down_proj        mlp_bias
         norm                   norm
-        head                   lm_head
     """,
 )
 
 # Llama without a gate, and with another activation.
 ARCEE = replace(
     LLAMA,
-    architecture="ArceeForCausalLM",
+    heads={"tokens": Head("ArceeForCausalLM", "head lm_head")},
     shape={**LLAMA.shape, "mlp": "relu2"},
     defaults={**LLAMA.defaults, "rms_norm_eps": 1e-5},
     required={"hidden_act": "relu2"},
@@ -135,7 +142,7 @@ ARCEE = replace(
 # Llama with normalized queries and keys, and without biases in the MLP.
 QWEN3 = replace(
     LLAMA,
-    architecture="Qwen3ForCausalLM",
+    heads={"tokens": Head("Qwen3ForCausalLM", "head lm_head")},
     shape={**LLAMA.shape, "qk_norm": True},
     defaults={**LLAMA.defaults, "head_dim": 128, "num_key_value_heads": 32},
     required={"hidden_act": "silu", "use_sliding_window": False},
@@ -143,17 +150,113 @@ QWEN3 = replace(
     splits_evenly=False,
 )
 
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "arcee": ARCEE, "qwen3": QWEN3}
+# Llama that looks both ways.
+EUROBERT = replace(
+    LLAMA,
+    heads={
+        "tokens": Head("EuroBertForMaskedLM", "head lm_head mlp_bias"),
+        "text": Head(
+            "EuroBertForSequenceClassification",
+            """
+            transform.0            dense                         bias
+            head                   classifier                    bias
+            """,
+            {"classifier_pooling": "mean"},
+        ),
+        "words": Head("EuroBertForTokenClassification", "head classifier bias"),
+    },
+    shape={**LLAMA.shape, "causal": False},
+    defaults={**LLAMA.defaults, "rms_norm_eps": 1e-5, "classifier_pooling": "late"},
+)
 
-# What the end of its name says of an architecture that is no decoder.
-OTHERS = {"MaskedLM": "an encoder", "Classification": "a classifier"}
+BERT = Family(
+    heads={
+        "tokens": Head(
+            "BertForMaskedLM",
+            """
+            transform.0            cls.predictions.transform.dense      bias
+            transform.2            cls.predictions.transform.LayerNorm  bias
+            head                   cls.predictions                      bias
+            """,
+        ),
+        "text": Head(
+            "BertForSequenceClassification",
+            """
+            transform.0            bert.pooler.dense             bias
+            head                   classifier                    bias
+            """,
+        ),
+        "words": Head("BertForTokenClassification", "head classifier bias"),
+    },
+    shape={
+        "causal": False,
+        "norm_first": False,
+        "n_types": 2,
+        "norm": "layer",
+        "position": "learned",
+        "mlp": "gelu_erf",
+        "qk_norm": False,
+        "tie_embeddings": True,
+    },
+    keys={
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "n_hidden": "intermediate_size",
+        "norm_eps": "layer_norm_eps",
+    },
+    defaults={"layer_norm_eps": 1e-12},
+    required={
+        "hidden_act": "gelu",
+        "type_vocab_size": 2,
+        "tie_word_embeddings": True,
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+    },
+    biases=(),
+    dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    prefix="bert.",
+    weights="""
+        tokens                 embeddings.word_embeddings
+        positions              embeddings.position_embeddings
+        types                  embeddings.token_type_embeddings
+        embedding_norm         embeddings.LayerNorm                       bias
+        blocks.N.attn.q        encoder.layer.N.attention.self.query       bias
+        blocks.N.attn.k        encoder.layer.N.attention.self.key         bias
+        blocks.N.attn.v        encoder.layer.N.attention.self.value       bias
+        blocks.N.attn.out      encoder.layer.N.attention.output.dense     bias
+        blocks.N.attn_norm     encoder.layer.N.attention.output.LayerNorm bias
+        blocks.N.mlp.up        encoder.layer.N.intermediate.dense         bias
+        blocks.N.mlp.down      encoder.layer.N.output.dense               bias
+        blocks.N.mlp_norm      encoder.layer.N.output.LayerNorm           bias
+    """,
+)
+
+FAMILIES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "arcee": ARCEE,
+    "qwen3": QWEN3,
+    "eurobert": EUROBERT,
+    "bert": BERT,
+}
+
+# What the end of its name says of an architecture that does more than continue texts.
+OTHERS = {
+    "MaskedLM": "an encoder",
+    "SequenceClassification": "a classifier",
+    "TokenClassification": "a classifier",
+}
 
 # What config.json of any family may say, and not otherwise.
 PLAIN = {
-    "is_causal": True,
-    "partial_rotary_factor": 1.0,
-    "layer_types": ["full_attention"],
-    "quantization_config": None,
+    "is_causal": (True,),
+    "partial_rotary_factor": (1.0,),
+    "layer_types": (["full_attention"],),
+    "quantization_config": (None,),
+    "problem_type": (None, "single_label_classification"),
 }
 
 
@@ -164,35 +267,46 @@ PLAIN = {
 class Entry(NamedTuple):
     """A tensor of a family's file, and the tensors of ours that are stacked in it, by rows."""
 
-    name: str  # in the file, without the family's prefix
+    name: str  # in the file
     ours: dict[str, torch.Size]  # their names and shapes
     transposed: bool
 
 
-def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+def shapes_of(config: ModelConfig, *, bias: bool = True) -> dict[str, torch.Size]:
     """The shapes of the weights, and of all biases, of such a model."""
     with torch.device("meta"):  # without their memory
-        model = build_model(replace(config, bias=True))
+        model = build_model(replace(config, bias=bias))
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def is_tied(config: ModelConfig) -> bool:
+    """Whether the head has the weight of the embedding."""
+    return config.tie_embeddings and config.head == "tokens"
 
 
 def entries(family: Family, config: ModelConfig, hf_config: dict) -> Iterator[Entry]:
     """All tensors that a file of such a model holds. hf_config: its config.json."""
     shapes = shapes_of(config)
     having = {"bias", *(key for key in family.biases if hf_config.get(key))}
-    rows = filter(None, map(str.split, family.weights.splitlines()))
-    for ours, own, *remarks in rows:
-        if own == "lm_head" and config.tie_embeddings:
-            continue
+    tables = ((family.prefix, family.weights), ("", family.heads[config.head].weights))
+    rows = [
+        (prefix, row.split())
+        for prefix, table in tables
+        for row in table.splitlines()
+        if row.strip()
+    ]
+    for prefix, (ours, own, *remarks) in rows:
         base, dot, last = ours.rpartition(".")
         modules = [base + dot + part for part in last.split("+")]
         kinds = ("weight", "bias") if having.intersection(remarks) else ("weight",)
+        if ours == "head" and is_tied(config):
+            kinds = kinds[1:]
         for i in range(config.n_layer if ".N." in ours else 1):
             for kind in kinds:
                 names = [f"{module}.{kind}".replace(".N.", f".{i}.") for module in modules]
                 if names[0] in shapes:
                     yield Entry(
-                        f"{own}.{kind}".replace(".N.", f".{i}."),
+                        f"{prefix}{own}.{kind}".replace(".N.", f".{i}."),
                         {name: shapes[name] for name in names},
                         kind == "weight" and "transposed" in remarks,
                     )
@@ -204,11 +318,13 @@ def entries(family: Family, config: ModelConfig, hf_config: dict) -> Iterator[En
 
 def read_config(hf_config: dict) -> tuple[Family, ModelConfig]:
     """The family and shape that a config.json tells of. Raises ValueError for what is foreign."""
-    require_decoder(hf_config)
+    head = head_of(hf_config)
     require("model", hf_config, model_type=tuple(FAMILIES))
     hf_config, family = flatten(hf_config), FAMILIES[hf_config["model_type"]]
-    required = {**PLAIN, **family.required}
-    require("model", {**required, **hf_config}, **{key: (v,) for key, v in required.items()})
+    required = {**family.required, **family.heads[head].required}
+    allowed = {**PLAIN, **{key: (value,) for key, value in required.items()}}
+    missing = {key: values[0] for key, values in allowed.items()} | family.defaults
+    require("model", {**missing, **hf_config}, **allowed)
     hints, values = get_type_hints(ModelConfig), {}
     for key, own in family.keys.items():
         value = hf_config.get(own, family.defaults.get(own))
@@ -220,17 +336,29 @@ def read_config(hf_config: dict) -> tuple[Family, ModelConfig]:
     kept = hf_config.get(OURS, {})
     kept = {key: coerce(key, kept[key], hints[key]) for key in hints if key in kept}
     kept |= {"n_kv_head": None, "head_size": None}  # GPT-2 has no such keys, and no choice
-    return family, ModelConfig(**{"bias": True, **kept, **values, **family.shape})
+    values |= {"head": head, "labels": () if head == "tokens" else labels_of(hf_config)}
+    return family, ModelConfig(**{"bias": True, **kept, **family.shape, **values})
 
 
-def require_decoder(hf_config: dict) -> None:
-    """Raise ValueError, saying what it is, for a model that does not predict each next token."""
+def head_of(hf_config: dict) -> str:
+    """What ModelConfig calls the head. Raises ValueError for another, saying what the model is."""
     architecture = str((hf_config.get("architectures") or ["it"])[0])
-    kinds = [kind for end, kind in OTHERS.items() if architecture.endswith(end)]
-    if hf_config.get("is_encoder_decoder"):
-        kinds = ["an encoder-decoder"]
-    if kinds:
-        raise ValueError(f"{architecture} is {kinds[0]}, and nanolm reads decoders")
+    heads = [pair for family in FAMILIES.values() for pair in family.heads.items()]
+    known = {head.architecture: name for name, head in heads}
+    if architecture in known:
+        return known[architecture]
+    ends = [end for end in OTHERS if architecture.endswith(end)]
+    if ends or hf_config.get("is_encoder_decoder"):
+        kind = OTHERS[ends[0]] if ends else "an encoder-decoder"
+        like = [name for name in known if ends and name.endswith(ends[0])] or ["none"]
+        raise ValueError(f"{architecture} is {kind}; of those, nanolm reads {', '.join(like)}")
+    return "tokens"
+
+
+def labels_of(hf_config: dict) -> tuple[str, ...]:
+    """The names of the labels; where they are missing, there are two."""
+    names = hf_config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
 def flatten(hf_config: dict) -> dict:
@@ -261,6 +389,8 @@ def family_of(config: ModelConfig) -> str:
 def differences(config: ModelConfig, family: Family) -> dict[str, Any]:
     """The keys that a model would have to have otherwise to be of the family, and how."""
     needed, size = dict(family.shape), config.n_embd // config.n_head
+    if config.head not in family.heads:
+        needed["head"] = "tokens"
     if family.splits_evenly:
         needed["n_embd"] = size * config.n_head
     if "head_size" not in family.keys:
@@ -270,16 +400,21 @@ def differences(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 def config_json(family: Family, config: ModelConfig) -> dict:
     """The content of config.json, all but model_type and the ids of special tokens."""
+    head, names = family.heads[config.head], config.labels
     hf_config = {own: getattr(config, key) for key, own in family.keys.items()}
     if "rope_theta" in hf_config:  # once for older versions, and once for newer ones
         hf_config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if "n_positions" in hf_config:
         hf_config["n_ctx"] = config.block_size  # its older name, which llama.cpp reads
+    if names:
+        hf_config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        hf_config["label2id"] = {name: i for i, name in enumerate(names)}
     return {
-        "architectures": [family.architecture],
+        "architectures": [head.architecture],
         "dtype": "float32",
         **hf_config,
         **family.required,
+        **head.required,
         **dict.fromkeys(family.dropout, config.dropout),
         **dict.fromkeys(family.biases, config.bias),
         OURS: asdict(config),

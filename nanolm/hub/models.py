@@ -2,7 +2,7 @@
 
 A pretrained model is a folder: config.json has its shape, model.safetensors its weights by name
 (or several model-*.safetensors have them), and tokenizer.json its tokenizer. The names are those
-of one of four families (see families.py).
+of a family (see families.py).
 
 An export works without any code of ours wherever they do. A bias that a family has and a model
 has not is written as zeros, and a bias of zeros that the family has not is left out; whatever else
@@ -28,27 +28,33 @@ from nanolm.hub.families import (
     config_json,
     entries,
     family_of,
+    is_tied,
     read_config,
     shapes_of,
 )
 from nanolm.hub.names import read_json
 from nanolm.hub.tokenizers import read_tokenizer, write_tokenizer
 from nanolm.layers import ModelConfig
-from nanolm.model import GPT, build_model
+from nanolm.model import Transformer, build_model
 from nanolm.system.files import SCRATCH, whole_folder, write_text
-from nanolm.text.tokenizer import Tokenizer
+from nanolm.text.tokenizer import Tokenizer, mask_of
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 PARTS = "model-*.safetensors"  # the names of large models' files
-# Buffers that some older files hold, and no weights.
-BUFFERS = re.compile(r"\bh\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+# What some files hold beside the weights: buffers, and further heads from BERT's training.
+PASSED_OVER = re.compile(
+    r"\bh\.\d+\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|\bembeddings\.position_ids$|"
+    r"\bpooler\.dense\.|^cls\.seq_relationship\.|^cls\.predictions\.decoder\."
+)
+NEWER = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+OLDER = re.compile("|".join(map(re.escape, NEWER)))
 
 
 # ------------------------------------------------------------------------------------------
 # In
 
 
-def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
+def load_pretrained(folder: Path) -> tuple[Transformer, Tokenizer]:
     """The model in a folder of Hugging Face's format, in float32, and its tokenizer.
 
     Tokens that the tokenizer does not have, with which some models are padded, are left out.
@@ -62,7 +68,7 @@ def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
             config, weights = read_weights(files, family, config, hf_config)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot use the weights in {folder}: {error}") from None
-    n = tokenizer.vocab_size
+    n, tables = tokenizer.vocab_size, ("tokens.weight", "head.weight", "head.bias")
     if config.vocab_size < n:
         raise ValueError(
             f"{folder}: its tokenizer has {n} tokens, and its model only {config.vocab_size}"
@@ -70,8 +76,9 @@ def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
     if config.vocab_size > n:
         left = f"{config.vocab_size - n} of {config.vocab_size}"
         print(f"{folder}: left out {left} rows, which no token has", file=sys.stderr)
-    for name in ("tokens.weight", "head.weight"):
-        weights[name] = weights[name][:n]
+    for name in tables if config.head == "tokens" else tables[:1]:
+        if name in weights:
+            weights[name] = weights[name][:n]
     model = build_model(replace(config, vocab_size=n))
     model.load_state_dict(weights)
     return model.eval(), tokenizer
@@ -99,8 +106,9 @@ def open_weights(folder: Path, family: Family, stack: ExitStack) -> dict[str, tu
             file = stack.enter_context(safe_open(path, "pt"))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path.name} is damaged ({error})") from None
-        names = sorted(file.keys())
-        found += [(name.removeprefix(family.prefix), (file, name)) for name in names]
+        for name in sorted(file.keys()):
+            newer = OLDER.sub(lambda match: NEWER[match[0]], name)
+            found.append((newer.removeprefix(family.prefix), (file, name)))
     if not found:
         others = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
         pickles = f", but {others}: a pickle can run code, and is not read" if others else ""
@@ -121,21 +129,22 @@ def read_weights(
         raise ValueError(f"{len(files)} tensors cannot be {config.n_layer} layers")
     weights = {}
     for name, ours, transposed in entries(family, config, hf_config):
-        if name not in files:
-            raise ValueError(f"there is no {name}")
+        if (plain := name.removeprefix(family.prefix)) not in files:
+            raise ValueError(f"there is no {plain}")
         lengths = [shape[0] for shape in ours.values()]
         shape = [sum(lengths), *next(iter(ours.values()))[1:]]
-        tensor = read_tensor(*files.pop(name), shape[::-1] if transposed else shape)
+        tensor = read_tensor(*files.pop(plain), shape[::-1] if transposed else shape)
         rows = (tensor.T if transposed else tensor).split(lengths)
         weights.update(zip(ours, rows, strict=True))
-    if config.tie_embeddings:
+    if is_tied(config):
         weights["head.weight"] = weights["tokens.weight"]
         if head := files.pop("lm_head.weight", None):  # some files hold it twice
             tensor = read_tensor(*head, list(weights["head.weight"].shape))
             if not torch.equal(tensor, weights["head.weight"]):
                 raise ValueError(f"{head[1]} is not the embedding, to which {CONFIG} ties it")
-    if left := [name for _, name in files.values() if not BUFFERS.search(name)]:
-        raise ValueError(f"there is a {left[0]}, and {family.architecture} has none")
+    if left := [name for _, name in files.values() if not PASSED_OVER.search(name)]:
+        architecture = family.heads[config.head].architecture
+        raise ValueError(f"there is a {left[0]}, and {architecture} has none")
     return settle_biases(config, weights)
 
 
@@ -145,9 +154,10 @@ def settle_biases(
     """All biases where the file has any, with zeros for those that the family lacks; or none.
 
     A model that was exported without biases gets none back, unless someone has trained them since.
+    Those that every such model has are not meant.
     """
-    shapes = shapes_of(config)
-    biases = [name for name in shapes if name.endswith(".bias")]
+    shapes, fewest = shapes_of(config), shapes_of(config, bias=False)
+    biases = [name for name in shapes if name.endswith(".bias") and name not in fewest]
     given = [weights[name] for name in biases if name in weights]
     wanted = bool(given) and (config.bias or any(bool(bias.any()) for bias in given))
     for name in biases:
@@ -173,7 +183,7 @@ def read_tensor(file: Any, name: str, shape: list[int]) -> Tensor:
 # Out
 
 
-def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
+def export_model(model: Transformer, tokenizer: Tokenizer, folder: str | Path) -> str:
     """Write a model and its tokenizer in Hugging Face's format; returns the architecture.
 
     Raises ValueError, with nothing written, for a model that no family can be, and for a folder
@@ -188,27 +198,31 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     ends = {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
     config = {"model_type": name, **config_json(family, model.config), **ends}
     generation = {**ends, "pad_token_id": end}  # in config.json, it would get no gradient there
+    if not model.config.causal:
+        config["pad_token_id"] = None
+        config["mask_token_id"] = mask_of(tokenizer) or end or 0  # it has to be some token
     tensors = hf_weights(family, model, config)
     with whole_folder(folder, seal=CONFIG) as scratch:
         write_weights(tensors, scratch / WEIGHTS)
-        write_tokenizer(tokenizer, scratch, block_size=model.config.block_size)
-        write_text(scratch / GENERATION, json.dumps(generation, indent=2) + "\n")
+        write_tokenizer(tokenizer, scratch, model.config)
+        if model.config.causal:
+            write_text(scratch / GENERATION, json.dumps(generation, indent=2) + "\n")
         write_text(scratch / CONFIG, json.dumps(config, indent=2) + "\n")
         (scratch / WEIGHTS).chmod((scratch / CONFIG).stat().st_mode)  # it was made private
-    return family.architecture
+    return family.heads[model.config.head].architecture
 
 
-def hf_weights(family: Family, model: GPT, hf_config: dict) -> dict[str, Tensor]:
+def hf_weights(family: Family, model: Transformer, hf_config: dict) -> dict[str, Tensor]:
     """The tensors of model.safetensors. Raises ValueError for what the family has no place for."""
     left, tensors = model.state_dict(), {}
     for name, ours, transposed in entries(family, model.config, hf_config):
         stacked = torch.cat([left.pop(part, torch.zeros(shape)) for part, shape in ours.items()])
-        full = name if name.startswith("lm_head") else family.prefix + name
-        tensors[full] = (stacked.T if transposed else stacked).contiguous()
-    if model.config.tie_embeddings:
+        tensors[name] = (stacked.T if transposed else stacked).contiguous()
+    if is_tied(model.config):
         del left["head.weight"]
     if lost := [name for name, tensor in left.items() if tensor.any()]:
-        raise ValueError(f"{lost[0]} is not 0: {family.architecture} has no place for it")
+        architecture = family.heads[model.config.head].architecture
+        raise ValueError(f"{lost[0]} is not 0: {architecture} has no place for it")
     return tensors
 
 

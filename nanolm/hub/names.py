@@ -1,6 +1,6 @@
 """Pretrained models by their names: in a folder here, or on the Hugging Face hub.
 
-A model of the hub is called OWNER/NAME; GPT-2's four sizes have short names, too. What is
+A model of the hub is called OWNER/NAME; GPT-2 and BERT have short names, too. What is
 downloaded is data and no code: JSON, texts, and safetensors. huggingface_hub, which does it, keeps
 the files for the next time.
 """
@@ -12,9 +12,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-SHORT_NAMES = {
-    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+OWNERS = {
+    "openai-community": ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+    "google-bert": ("bert-base-uncased", "bert-base-cased", "bert-large-uncased"),
 }
+SHORT_NAMES = {name: f"{owner}/{name}" for owner, names in OWNERS.items() for name in names}
 
 
 def is_hub_name(name: str) -> bool:

@@ -11,6 +11,9 @@ in it:
 
 A file that says just what one of them would is read as that one: an export comes back as what it
 was, and GPT-2's file is GPT-2. Any other stays a pipeline (see text/pretrained.py).
+
+A last stage, the post-processor, may put tokens around a text. An export does so where the model
+was trained on texts, or pairs of them, that were framed.
 """
 
 import json
@@ -19,6 +22,7 @@ from typing import Any
 
 from nanolm.bpe import ANY_CHARACTER, GPT2_SPLIT, merges_of, with_fallback
 from nanolm.hub.names import find_folder, read_json
+from nanolm.layers import ModelConfig
 from nanolm.system.files import write_text
 from nanolm.text.bpe_tokenizer import END_OF_TEXT
 from nanolm.text.gpt2 import FILE as GPT2_FILE
@@ -29,10 +33,13 @@ from nanolm.text.tokenizer import (
     BPETokenizer,
     CharTokenizer,
     Tokenizer,
+    existing,
+    framed,
     load_tokenizer,
+    mask_of,
 )
 
-PIPELINE, SETTINGS = FILES = ("tokenizer.json", "tokenizer_config.json")
+PIPELINE, SETTINGS, PIECES = FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 def find_tokenizer(name: str) -> Tokenizer:
@@ -49,7 +56,7 @@ def find_tokenizer(name: str) -> Tokenizer:
 def is_pretrained(folder: Path) -> bool:
     """Whether a folder has Hugging Face's file of a tokenizer, and none of ours."""
     ours = any((folder / name).exists() for name in (TOKENIZER_FILE, GPT2_FILE))
-    return (folder / PIPELINE).exists() and not ours
+    return any((folder / name).exists() for name in (PIPELINE, PIECES)) and not ours
 
 
 # ------------------------------------------------------------------------------------------
@@ -58,30 +65,41 @@ def is_pretrained(folder: Path) -> bool:
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a pretrained model's folder. Raises ValueError, saying what is wrong."""
-    path = folder / PIPELINE
-    if not path.exists():
+    path = next((p for p in (folder / PIPELINE, folder / PIECES) if p.exists()), None)
+    if path is None:
         raise ValueError(
             f"{folder} has no {PIPELINE}: let transformers write it, with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     try:
         settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
-        end = settings.get("eos_token") or END_OF_TEXT
-        end = end["content"] if isinstance(end, dict) else end
-        pipeline = open_pipeline(path.read_text(encoding="utf-8"))
+        if path.name == PIECES:
+            pipeline, said = wordpiece_pipeline(path, settings), "[SEP]"
+        else:
+            pipeline = open_pipeline(path.read_text(encoding="utf-8"))
+            said = settings.get("eos_token") or settings.get("sep_token")
+        end = said["content"] if isinstance(said, dict) else said or END_OF_TEXT
         tokenizer = as_ours(pipeline, end) or PretrainedTokenizer(pipeline.to_str(), end)
-        if settings.get("eos_token") and tokenizer.end_of_text is None:
-            raise ValueError(f"its eos_token {end!r} is none of its tokens")
+        if said and tokenizer.end_of_text is None:
+            raise ValueError(f"its end token {end!r} is none of its tokens")
         return tokenizer
     except Exception as error:  # the package raises no narrower class
         raise ValueError(f"cannot use the tokenizer {path}: {error}") from None
+
+
+def wordpiece_pipeline(path: Path, settings: dict) -> Any:
+    """The pipeline that BERT's vocab.txt means, a piece in each line."""
+    lower = settings.get("do_lower_case", True)
+    hf = package().implementations.BertWordPieceTokenizer(str(path), lowercase=lower)
+    return open_pipeline(hf.to_str())
 
 
 def as_ours(pipeline: Any, end: str) -> Tokenizer | None:
     """The tokenizer of ours that would be written as this pipeline, if there is one."""
     try:
         tokenizer = guess(json.loads(pipeline.to_str()), end)
-        return tokenizer if meaning(pipeline_of(tokenizer)) == meaning(pipeline) else None
+        written = (meaning(pipeline_of(tokenizer, frames=frames)) for frames in (False, True))
+        return tokenizer if meaning(pipeline) in written else None
     except Exception:  # it is of another kind
         return None
 
@@ -116,39 +134,74 @@ def meaning(pipeline: Any) -> list:
     model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in special}
     if content["normalizer"] is None:
         added = [token | {"normalized": False} for token in added]
-    always = pipeline.encode("").ids  # what it puts around every text
-    return [model, added, content["normalizer"], content["pre_tokenizer"], always]
+    some = next(iter(model["vocab"]), "")
+    texts = [pipeline.encode(*several).ids for several in ((some,), (some, some))]
+    return [model, added, content["normalizer"], content["pre_tokenizer"], texts]
 
 
 # ------------------------------------------------------------------------------------------
 # Writing
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, block_size: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, model: ModelConfig) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads, for such a model.
 
-    block_size: how many tokens the model takes. A text gives the ids that encode gives it with all
-    special tokens allowed. Raises ValueError for a vocabulary that no merges make.
+    A text gives the ids that encode gives it with all special tokens allowed; framed, where the
+    model labels texts or words. Raises ValueError for a vocabulary that no merges make.
     """
     names = {i: token for token, i in tokenizer.special_tokens.items()}
     end = names.get(tokenizer.end_of_text)
+    begin = names.get(tokenizer.begin_of_text, end)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # or the family's own is taken
-        "model_max_length": block_size,
+        "model_max_length": model.block_size,
         "clean_up_tokenization_spaces": False,
-        "bos_token": names.get(tokenizer.begin_of_text, end),
+        "bos_token": begin,
         "eos_token": end,
     }
-    write_text(folder / PIPELINE, pipeline_of(tokenizer).to_str(pretty=True) + "\n")
+    if not model.causal:
+        inputs = ["input_ids", "token_type_ids", "attention_mask"]
+        settings |= {"cls_token": begin, "sep_token": end, "pad_token": end}
+        settings["mask_token"] = names.get(mask_of(tokenizer))
+        settings["model_input_names"] = inputs if model.n_types else inputs[::2]
+    pipeline = pipeline_of(tokenizer, frames=model.head != "tokens")
+    write_text(folder / PIPELINE, pipeline.to_str(pretty=True) + "\n")
     write_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
-def pipeline_of(tokenizer: Tokenizer) -> Any:
-    """The tokenizers.Tokenizer that encodes as a tokenizer here does, with all special tokens."""
+def pipeline_of(tokenizer: Tokenizer, *, frames: bool = False) -> Any:
+    """The tokenizers.Tokenizer that encodes as a tokenizer here does, with all special tokens.
+
+    frames: it also puts around each text, or pair of texts, what framed puts there.
+    """
     if isinstance(tokenizer, PretrainedTokenizer):
-        return open_pipeline(tokenizer.pipeline)
-    if isinstance(tokenizer, BPETokenizer):
-        return bpe_pipeline(tokenizer)
+        pipeline = open_pipeline(tokenizer.pipeline)
+    elif isinstance(tokenizer, BPETokenizer):
+        pipeline = bpe_pipeline(tokenizer)
+    else:
+        return character_pipeline(tokenizer)
+    if frames and pipeline.encode("", "").ids != framed(tokenizer, [], []):
+        pipeline = package().Tokenizer.from_str(pipeline.to_str())  # others use the first one
+        pipeline.post_processor = frame(tokenizer, pipeline)
+    return pipeline
+
+
+def frame(tokenizer: Tokenizer, pipeline: Any) -> Any:
+    """The last stage of a pipeline that puts around its texts what framed does."""
+    ids = (existing(i) for i in (tokenizer.begin_of_text, tokenizer.end_of_text))
+    begin, end = (list(map(pipeline.id_to_token, found)) for found in ids)
+    hf = package().processors
+    template = hf.TemplateProcessing(
+        single=[*begin, "$A", *end],
+        pair=[*begin, "$A", *end, "$B:1", *(f"{token}:1" for token in end)],
+        special_tokens=[(token, pipeline.token_to_id(token)) for token in {*begin, *end}],
+    )
+    trim = hf.ByteLevel(add_prefix_space=False, trim_offsets=True)  # a word without its blank
+    return hf.Sequence([trim, template])
+
+
+def character_pipeline(tokenizer: CharTokenizer) -> Any:
+    """The pipeline that gives each character its id."""
     hf = package()
     pipeline = hf.Tokenizer(hf.models.WordLevel(tokenizer.ids, unk_token="<unk>"))  # which is none
     pipeline.pre_tokenizer = hf.pre_tokenizers.Split(hf.Regex(ANY_CHARACTER), "isolated")

@@ -15,7 +15,7 @@ from nanolm.hub.models import CONFIG, PARTS, WEIGHTS, export_model, load_pretrai
 from nanolm.hub.names import find_folder
 from nanolm.hub.tokenizers import FILES
 from nanolm.layers import require_choice
-from nanolm.model import GPT, build_model
+from nanolm.model import Transformer, build_model
 from nanolm.runs import checkpoint
 from nanolm.runs.folder import holds_a_run
 from nanolm.runs.settings import model_config_of
@@ -24,7 +24,7 @@ from nanolm.system.script import run_script
 from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 
-def load_model(name: str | Path) -> tuple[GPT, Tokenizer, str]:
+def load_model(name: str | Path) -> tuple[Transformer, Tokenizer, str]:
     """A trained model, its tokenizer, and where they come from, in words.
 
     name: the folder of a run or of a pretrained model, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
@@ -45,7 +45,7 @@ def load_model(name: str | Path) -> tuple[GPT, Tokenizer, str]:
     return model, tokenizer, str(name)
 
 
-def load_trained(folder: Path) -> tuple[GPT, Tokenizer, dict]:
+def load_trained(folder: Path) -> tuple[Transformer, Tokenizer, dict]:
     """The best model of a run, its tokenizer, and its checkpoint.
 
     Raises FileNotFoundError where the run has lost its tokenizer, ValueError where its files are

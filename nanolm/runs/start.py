@@ -192,8 +192,8 @@ def start_from_weights(source: str, dataset: Dataset) -> Start:
     """
     if not (source and Path(source).is_dir()) and not is_hub_name(source):
         raise ValueError(
-            f"init_from={source!r}: choose scratch, resume, auto, the folder of a model, gpt2, or "
-            "OWNER/NAME on the Hugging Face hub"
+            f"init_from={source!r}: choose scratch, resume, auto, the folder of a model, gpt2, "
+            "bert-base-uncased, or OWNER/NAME on the Hugging Face hub"
         )
     model, tokenizer, _ = load_model(source)
     check_tokenizer(tokenizer, dataset, source)

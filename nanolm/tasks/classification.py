@@ -13,9 +13,9 @@ from torch import Tensor
 from nanolm.batches import Batch
 from nanolm.model import Transformer
 from nanolm.tasks import scores
-from nanolm.tasks.labelled import LabelledTask, framed
+from nanolm.tasks.labelled import LabelledTask
 from nanolm.text.records import Record
-from nanolm.text.tokenizer import Tokenizer
+from nanolm.text.tokenizer import Tokenizer, framed
 
 SHOWN = 5  # labels of an answer
 

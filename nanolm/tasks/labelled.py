@@ -24,7 +24,7 @@ from nanolm.loss import NO_TARGET, cross_entropy
 from nanolm.model import Transformer, build_model
 from nanolm.system.files import sha256, whole_folder, write_text
 from nanolm.tasks import scores
-from nanolm.text.data import FORMAT, SEAL, SPLITS, Dataset, existing
+from nanolm.text.data import FORMAT, SEAL, SPLITS, Dataset
 from nanolm.text.examples import DTYPE, Examples, label_names, packed
 from nanolm.text.records import Record
 from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -272,9 +272,3 @@ def labelled_parts(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
         for part, label in zip(record.parts, record.labels, strict=False):
             if label is not None:
                 yield part, label
-
-
-def framed(tokenizer: Tokenizer, *parts: list[int]) -> list[int]:
-    """Ids of a text or of a pair, with what begins it and what ends each part."""
-    begin, end = existing(tokenizer.begin_of_text), existing(tokenizer.end_of_text)
-    return begin + [i for part in parts for i in (*part, *end)]

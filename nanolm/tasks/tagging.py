@@ -12,9 +12,9 @@ from nanolm.batches import Batch
 from nanolm.loss import NO_TARGET
 from nanolm.model import Transformer
 from nanolm.tasks import scores
-from nanolm.tasks.labelled import LabelledTask, framed
+from nanolm.tasks.labelled import LabelledTask
 from nanolm.text.records import Record
-from nanolm.text.tokenizer import Tokenizer
+from nanolm.text.tokenizer import Tokenizer, framed
 
 
 class TaggingTask(LabelledTask):

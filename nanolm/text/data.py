@@ -28,6 +28,7 @@ from nanolm.text.known import KNOWN_DATASETS
 from nanolm.text.tokenizer import (
     TOKENIZER_FILE,
     Tokenizer,
+    existing,
     load_tokenizer,
 )
 
@@ -149,11 +150,6 @@ def encode_parts(parts: Iterable[Part], *, tokenizer: Tokenizer, dtype: np.dtype
         ids += tokenizer.encode(text)
         ids += between if last else []
     return np.array(ids, dtype)
-
-
-def existing(*tokens: int | None) -> list[int]:
-    """Those of the tokens that a tokenizer has."""
-    return [token for token in tokens if token is not None]
 
 
 def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:

@@ -64,6 +64,17 @@ def same_but_for_the_mask(one: Tokenizer, other: Tokenizer) -> bool:
     return bare.kind != CharTokenizer.kind and with_mask(bare) in (one, other)
 
 
+def framed(tokenizer: Tokenizer, *parts: list[int]) -> list[int]:
+    """Ids of a text or of a pair, with what begins it and what ends each part."""
+    begin, end = existing(tokenizer.begin_of_text), existing(tokenizer.end_of_text)
+    return begin + [i for part in parts for i in (*part, *end)]
+
+
+def existing(*tokens: int | None) -> list[int]:
+    """Those of the tokens that a tokenizer has."""
+    return [token for token in tokens if token is not None]
+
+
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids that arrive one by one, as soon as each character is complete.
 

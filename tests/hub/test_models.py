@@ -19,7 +19,7 @@ from pretrained import (
     assert_equal,
     change_config,
     change_weights,
-    every_family,
+    every_decoder,
     read_theirs,
     refusal,
     save_theirs,
@@ -105,14 +105,14 @@ def test_a_foreign_model_is_refused_by_the_value_that_is_foreign(family, keys, r
 @pytest.mark.parametrize(
     ("architecture", "what"),
     [
-        ("BertForMaskedLM", "an encoder"),
+        ("RobertaForMaskedLM", "an encoder"),
         ("LlamaForSequenceClassification", "a classifier"),
         ("RobertaForTokenClassification", "a classifier"),
         ("T5ForConditionalGeneration", "an encoder-decoder"),
         ("MarianMTModel", "an encoder-decoder"),
     ],
 )
-def test_what_is_no_decoder_is_refused_as_what_it_is(architecture, what, tmp_path):
+def test_what_is_of_no_family_is_refused_as_what_it_is(architecture, what, tmp_path):
     """And not for the tokenizer that its folder lacks: it could not be used with one."""
     family = re.match("[A-Z][a-z]*5?", architecture)[0].lower()
     config = AutoConfig.for_model(family, architectures=[architecture])
@@ -200,7 +200,7 @@ def test_a_head_that_is_not_the_embedding_to_which_it_is_tied_is_refused(tmp_pat
 
 
 def test_a_tokenizer_with_more_tokens_than_its_model_is_refused(llama):
-    write_tokenizer(TOKENIZERS["bpe"], llama, block_size=T)
+    write_tokenizer(TOKENIZERS["bpe"], llama, ModelConfig(block_size=T))
     assert re.search(r"has 263 tokens, .* only \d\d$", refusal(load_model, llama))
 
 
@@ -324,11 +324,11 @@ def test_others_may_read_an_export_as_they_may_any_new_file(tiny_run):
 # Finetuning
 
 
-@every_family
-def test_the_end_of_a_text_is_learned_there_as_here(family, tmp_path):
+@every_decoder
+def test_the_end_of_a_text_is_learned_there_as_here(name, tmp_path):
     """It was called padding, too, whose embedding gets no gradient there."""
-    tokenizer, shape = TOKENIZERS["bpe"], FAMILIES[family].shape
-    keys = {key: value for key, value in SMALL.items() if key in FAMILIES[family].keys}
+    tokenizer, shape = TOKENIZERS["bpe"], FAMILIES[name].shape
+    keys = {key: value for key, value in SMALL.items() if key in FAMILIES[name].keys}
     keys |= {"vocab_size": tokenizer.vocab_size, "tie_embeddings": False}
     model = scramble(GPT(ModelConfig(**shape | keys)), 1, scale=0.1)
     export_model(model, tokenizer, tmp_path / "there")

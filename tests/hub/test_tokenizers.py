@@ -32,12 +32,13 @@ from nanolm.hub.tokenizers import (
     read_tokenizer,
     write_tokenizer,
 )
+from nanolm.layers import ModelConfig
 from nanolm.tasks.causal import encode_prompt, opening
 from nanolm.text.bpe_tokenizer import END_OF_TEXT, BPETokenizer
 from nanolm.text.char_tokenizer import CharTokenizer
-from nanolm.text.data import existing, open_dataset
+from nanolm.text.data import open_dataset
 from nanolm.text.pretrained import PretrainedTokenizer, open_pipeline
-from nanolm.text.tokenizer import TOKENIZER_FILE, load_tokenizer, stream_text
+from nanolm.text.tokenizer import TOKENIZER_FILE, existing, load_tokenizer, stream_text
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -60,7 +61,7 @@ OURS = {
     ),
     "other end": BPETokenizer(LEARNED.ranks, LEARNED.special_tokens, end_token=SPECIAL[1]),
 }
-write = partial(write_tokenizer, block_size=BLOCK_SIZE)
+write = partial(write_tokenizer, model=ModelConfig(block_size=BLOCK_SIZE))
 
 # Characters that regex engines of other Unicode versions see alike (see test_tokenizer.py).
 known = [*SPECIAL, *" ".join(CORPUS).split(" "), *"\n\r\t 1aé", "  ", "'ll", "'LL", "'\u017f"]

@@ -1,0 +1,108 @@
+"""Laws of exported encoders in transformers' pipelines: they answer as sample.py does."""
+
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from conftest import TEXT, TINY, write_labelled_texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pretrained import ENCODERS, SMALL, assert_equal, save_theirs, shape_of, their_config
+from strategies import scramble
+from tokenizers.implementations import BertWordPieceTokenizer
+from transformers import pipeline
+
+from nanolm.hub.models import export_model, load_pretrained
+from nanolm.hub.tokenizers import read_tokenizer
+from nanolm.layers import ModelConfig
+from nanolm.model import build_model
+from nanolm.tasks.table import task_of
+from nanolm.text.bpe_tokenizer import BPETokenizer
+from nanolm.text.tokenizer import mask_of, with_mask
+
+WORDS = ["little", "wolves", "met", "foxes,", "and", "ran."]
+PIPELINES = {"tokens": "fill-mask", "text": "text-classification", "words": "token-classification"}
+OPTIONS = {"tokens": {"top_k": 5}, "text": {"top_k": None}, "words": {"ignore_labels": []}}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """One of ours, and one of BERT's kind, which is a file vocab.txt."""
+    folder = tmp_path_factory.mktemp("bert")
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator([TEXT], vocab_size=200, min_frequency=1, show_progress=False)
+    trained.save_model(str(folder))
+    return {"BPE": with_mask(BPETokenizer.train([TEXT], 300)), "BERT": read_tokenizer(folder)}
+
+
+def as_printed(found: list, words: list[str], head: str, tokenizer) -> str:
+    """What a pipeline has found, written as sample.py writes it."""
+    if head == "text":
+        return "  ".join(f"{one['label']} {one['score']:.1%}" for one in found)
+    if head == "tokens":
+        several = found if isinstance(found[0], list) else [found]
+        return "\n".join(
+            "  ".join(f"{tokenizer.decode([one['token']])!r} {one['score']:.1%}" for one in each)
+            for each in several
+        )
+    word_at = dict(zip(accumulate([0, *(len(word) + 1 for word in words)]), words, strict=False))
+    firsts = {one["start"]: one for one in reversed(found)}  # a blank can be a token of its own
+    return "\n".join(
+        f"{word}\t{firsts[start]['entity']} {firsts[start]['score']:.1%}"
+        for start, word in word_at.items()
+    )
+
+
+def test_bert_is_finetuned_on_labelled_texts_and_handed_on(workplace, run_main):
+    """Its folder has a vocab.txt, as older ones do; the head is fresh."""
+    write_labelled_texts()
+    text = Path("kinds.csv").read_text()
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator([text], vocab_size=200, min_frequency=1, show_progress=False)
+    keys = SMALL | {"vocab_size": trained.get_vocab_size()}
+    save_theirs(Path("theirs"), their_config("bert", keys))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("theirs", name).unlink()
+    trained.save_model("theirs")
+    words = ["--task=classification", "--input=kinds.csv", "--tokenizer=theirs"]
+    assert run_main("prepare", "kinds", *words)[::2] == (0, "")
+    flags = [*TINY, "--task=classification", "--dataset=kinds", "--init_from=theirs"]
+    flags += ["--out_dir=out/kinds", "--max_iters=150", "--eval_interval=150", "--batch_size=16"]
+    code, out, _ = run_main("train", *flags, "--learning_rate=0.005")
+    assert code == 0
+    assert "head      fresh: 2 labels" in out
+    code, out, _ = run_main("nanolm/runs/load", "export", "out/kinds", "there")
+    assert out.endswith("written to there as BertForSequenceClassification\n")
+    theirs = pipeline("text-classification", "there", device="cpu", top_k=None)
+    for text, label in [("3 and 3 wolfs", "few"), ("4 and 59 owls", "many")]:
+        code, out, _ = run_main("sample", "--out_dir=out/kinds", f"--start={text}")
+        assert out.startswith(f"{label} ")
+        assert as_printed(theirs([text])[0], [], "text", None) in out
+
+
+@pytest.mark.parametrize("kind", ["BPE", "BERT"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_pipeline_answers_as_sample_does(name, kind, tokenizers):
+    tokenizer, shape = tokenizers[kind], shape_of(name)
+    mask = tokenizer.decode([mask_of(tokenizer)])
+
+    @settings(max_examples=3)
+    @given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8), st.integers(0, 99))
+    def law(words, seed):
+        if shape["head"] == "tokens":
+            words = [*words, mask, *words[:2], mask][: seed % 2 + len(words) + 1]
+        keys = SMALL | shape | {"vocab_size": tokenizer.vocab_size, "block_size": 64}
+        keys |= {} if name.startswith("eurobert") else {"head_size": 6, "n_kv_head": 2}
+        model = scramble(build_model(ModelConfig(**keys)).eval(), seed, scale=0.3)
+        text = " ".join(words)
+        with TemporaryDirectory() as place:
+            export_model(model, tokenizer, Path(place) / "there")
+            assert_equal(load_pretrained(Path(place) / "there"), (model, tokenizer))
+            head = shape["head"]
+            theirs = pipeline(PIPELINES[head], f"{place}/there", device="cpu", **OPTIONS[head])
+            found = theirs([text])[0] if head == "text" else theirs(text)
+        [answer] = task_of(model.config).answer(model, tokenizer, text)
+        assert as_printed(found, words, head, tokenizer) == "".join(answer)
+
+    law()
