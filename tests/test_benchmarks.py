@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import write_labelled_texts
 
-from benchmarks import compare, memory, sample, time_to_loss, tokenizer, train
+from benchmarks import compare, encoder, memory, sample, time_to_loss, tokenizer, train
 from nanolm.runs.prepare import prepare
 from nanolm.text.corpus import Corpus
 from nanolm.text.documents import documents
@@ -129,6 +130,19 @@ def test_the_benchmark_of_sampling_runs(monkeypatch, checkout, workplace):
     results = json.loads((workplace / "results.json").read_text())
     assert set(results["batch 8"]) == {"nanolm", "transformers", "nanoGPT"}
     assert all(speed > 0 for speed in results["batch 1"].values())
+
+
+def test_the_benchmark_of_encoders_runs(monkeypatch, workplace):
+    write_labelled_texts()
+    monkeypatch.setitem(encoder.SHAPE, "n_layer", 1)
+    monkeypatch.setattr(
+        encoder, "choose_engine", lambda *args, **kw: train.Engine("cpu", "float32", compile=False)
+    )
+    prepare("kinds", task="classification", inputs=("kinds.csv",), tokenizer="bpe:270")
+    encoder.main(["--dataset=kinds", "--batch_size=16", "--repeats=1", "--json=results.json"])
+    results = json.loads((workplace / "results.json").read_text())
+    assert results["nanolm"]["tokens/s"] > 0
+    assert {"transformers, the same batches", "transformers, shuffled batches"} < set(results)
 
 
 def test_chunks_take_less_memory_than_all_logits():

