@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 
 from nanolm.hub.models import export_model
 from nanolm.layers import ModelConfig
-from nanolm.model import GPT
+from nanolm.model import build_model
 from nanolm.runs.load import WORDS, ExportConfig
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import load_config
@@ -97,8 +97,12 @@ def test_every_page_is_found_from_the_readme_and_is_short():
 
 def test_the_examples_in_python_hold(workplace):
     tokenizer = BPETokenizer.train(["a text"], 260)
-    config = ModelConfig(vocab_size=260, block_size=64, n_layer=1, n_head=1, n_embd=4)
-    export_model(GPT(config), tokenizer, "mymodel")
+    shape = {"vocab_size": 260, "block_size": 64, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    export_model(build_model(ModelConfig(**shape)), tokenizer, "mymodel")
+    labels = {"head": "text", "labels": ("bad", "good"), "causal": False}
+    modern = {"norm": "rms", "position": "rotary", "mlp": "swiglu", "bias": False}
+    config = ModelConfig(**shape, **labels, **modern)
+    export_model(build_model(config), tokenizer, "myreviews")
     assert blocks("python")
     for block in blocks("python"):
         exec(block, {})

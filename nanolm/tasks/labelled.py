@@ -3,7 +3,6 @@
 Texts differ in length, so a batch is filled up to its longest text, and a mask says what is real.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,12 +21,11 @@ from nanolm.evaluation import mean_loss
 from nanolm.layers import ModelConfig
 from nanolm.loss import NO_TARGET, cross_entropy
 from nanolm.model import Transformer, build_model
-from nanolm.system.files import sha256, whole_folder, write_text
 from nanolm.tasks import scores
-from nanolm.text.data import FORMAT, SEAL, SPLITS, Dataset
+from nanolm.text.data import SPLITS, Dataset, new_dataset
 from nanolm.text.examples import DTYPE, Examples, label_names, packed
 from nanolm.text.records import Record
-from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from nanolm.text.tokenizer import Tokenizer
 
 SHOWN, SHOWN_TOKENS = 3, 24  # texts of the validation split that show what the model does
 MULTIPLE = 8  # of lengths of batches, for fewer shapes
@@ -70,31 +68,18 @@ class LabelledTask:
         source: where they come from, in words. made_with: what was asked for.
         """
         names = label_names(train, val)
-        meta = {
-            "format": FORMAT,
-            "task": cls.reads,
-            "made_with": made_with,
-            "source": source,
-            "labels": names,
-            "baselines": usual_scores(train, val, names, unit=cls.unit),
-            "tokenizer": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": DTYPE.str,
-        }
-        with whole_folder(folder, seal=SEAL) as scratch:
-            for split, records in zip(SPLITS, (train, val), strict=True):
+        facts = {"task": cls.reads, "made_with": made_with, "source": source, "labels": names}
+        facts["baselines"] = usual_scores(train, val, names, unit=cls.unit)
+        with new_dataset(folder, tokenizer, DTYPE, **facts) as (meta, *files):
+            for split, records, file in zip(SPLITS, (train, val), files, strict=True):
                 examples = [cls.encode(record, tokenizer, names) for record in records]
-                packed(examples).tofile(scratch / f"{split}.bin")
+                packed(examples).tofile(file)
                 meta[split] = {
                     "examples": len(examples),
                     "labels": sum(len(labels) for _, labels in examples),
                     "tokens": sum(len(ids) for ids, _ in examples),
                     "bytes": sum(len(part.encode()) for r in records for part in r.parts),
-                    "sha256": sha256(scratch / f"{split}.bin"),
                 }
-            tokenizer.save(scratch / TOKENIZER_FILE)
-            meta["tokenizer_sha256"] = sha256(scratch / TOKENIZER_FILE)
-            write_text(scratch / SEAL, json.dumps(meta, indent=2) + "\n")
 
     @classmethod
     def fit(cls, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:

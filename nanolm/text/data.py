@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,17 +90,8 @@ def write_dataset(
     predict.
     """
     dtype = narrowest_dtype(tokenizer.vocab_size)
-    meta = {
-        "format": FORMAT,
-        "task": TASK,
-        "made_with": made_with,
-        "source": corpus.source,
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype.str,
-    }
-    with whole_folder(folder, seal=SEAL) as scratch:
-        train, val = (scratch / f"{split}.bin" for split in SPLITS)
+    facts = {"task": TASK, "made_with": made_with, "source": corpus.source}
+    with new_dataset(folder, tokenizer, dtype, **facts) as (meta, train, val):
         sizes = bytes_per_id(tokenizer)
         encode = partial(encode_parts, tokenizer=tokenizer, dtype=dtype)
         begin = existing(tokenizer.begin_of_text)
@@ -114,7 +106,24 @@ def write_dataset(
         move_tail(train, val, cut * dtype.itemsize)
         for split, path, length in (("train", train, cut), ("val", val, n - cut)):
             size = sum(int(sizes[ids].sum()) for ids in read_ids(path, dtype))
-            meta[split] = {"tokens": length, "bytes": size, "sha256": sha256(path)}
+            meta[split] = {"tokens": length, "bytes": size}
+
+
+@contextmanager
+def new_dataset(
+    folder: Path, tokenizer: Tokenizer, dtype: np.dtype, **facts: Any
+) -> Iterator[tuple[dict[str, Any], Path, Path]]:
+    """Fill a dataset folder, whole or not at all.
+
+    Yields what meta.json will hold, to add the counts of the splits, and the two files to write.
+    """
+    meta = {"format": FORMAT, **facts}
+    meta |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "dtype": dtype.str}
+    with whole_folder(folder, seal=SEAL) as scratch:
+        files = [scratch / f"{split}.bin" for split in SPLITS]
+        yield meta, *files
+        for split, path in zip(SPLITS, files, strict=True):
+            meta[split]["sha256"] = sha256(path)
         tokenizer.save(scratch / TOKENIZER_FILE)
         meta["tokenizer_sha256"] = sha256(scratch / TOKENIZER_FILE)
         write_text(scratch / SEAL, json.dumps(meta, indent=2) + "\n")
