@@ -1,6 +1,6 @@
 """Prepare text for training: python prepare.py NAME [--input PATH ...] [--key=value ...]
 
-Writes data/NAME. Known names (pydocs, shakespeare_char, shakespeare) bring their own text.
+Writes data/NAME. Known names (pydocs, pymodules, shakespeare and others) bring their own text.
 """
 
 import signal

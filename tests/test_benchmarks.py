@@ -91,7 +91,7 @@ def test_the_benchmark_of_the_tokenizer_runs(monkeypatch, capsys, workplace):
     tokenizer.main(["--repeats=1", "--json=results.json"])
     results = json.loads((workplace / "results.json").read_text())
     assert results["train_middle"]["nanolm"] > 0
-    assert results["prepare"]["peak MB"] == pytest.approx(100, rel=0.9)
+    assert 10 < results["prepare"]["peak MB"] < 1_000
     assert "tokenizers (Rust)" in capsys.readouterr().out
 
 
