@@ -34,7 +34,7 @@ from pretrained import (
 from strategies import head_counts, model_configs, random_tokens, scramble, seeds
 from transformers import AutoTokenizer
 
-from nanolm.hub.families import BERT, FAMILIES, config_json
+from nanolm.hub.families import BERT, FAMILIES, config_json, labels_of
 from nanolm.hub.models import WEIGHTS, export_model, load_pretrained
 from nanolm.layers import ModelConfig
 from nanolm.model import Transformer, build_model
@@ -135,6 +135,10 @@ def test_missing_keys_and_older_ones_mean_what_they_mean_to_transformers(name, t
     assert_same_model(load_pretrained(tmp_path)[0], read_theirs(tmp_path))
     change_config(tmp_path, rope_theta=10.0, rope_scaling=None)
     assert_same_model(load_pretrained(tmp_path)[0], read_theirs(tmp_path))
+
+
+def test_labels_have_the_order_of_their_numbers():
+    assert labels_of({"id2label": {"1": "good", "0": "bad"}}) == ("bad", "good")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("gpt2", torch.float16), ("llama", torch.bfloat16)])

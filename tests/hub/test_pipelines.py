@@ -1,5 +1,6 @@
 """Laws of exported encoders in transformers' pipelines: they answer as sample.py does."""
 
+import json
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,6 +100,8 @@ def test_a_pipeline_answers_as_sample_does(name, kind, tokenizers):
         with TemporaryDirectory() as place:
             export_model(model, tokenizer, Path(place) / "there")
             assert_equal(load_pretrained(Path(place) / "there"), (model, tokenizer))
+            config = json.loads(Path(place, "there", "config.json").read_text())
+            assert config["mask_token_id"] == mask_of(tokenizer)
             head = shape["head"]
             theirs = pipeline(PIPELINES[head], f"{place}/there", device="cpu", **OPTIONS[head])
             found = theirs([text])[0] if head == "text" else theirs(text)
