@@ -17,10 +17,10 @@ from transformers import pipeline
 from nanolm.hub.models import export_model, load_pretrained
 from nanolm.hub.tokenizers import read_tokenizer
 from nanolm.layers import ModelConfig
-from nanolm.model import build_model
+from nanolm.model import Transformer, build_model
 from nanolm.tasks.table import task_of
 from nanolm.text.bpe_tokenizer import BPETokenizer
-from nanolm.text.tokenizer import mask_of, with_mask
+from nanolm.text.tokenizer import Tokenizer, mask_of, with_mask
 
 WORDS = ["little", "wolves", "met", "foxes,", "and", "ran."]
 PIPELINES = {"tokens": "fill-mask", "text": "text-classification", "words": "token-classification"}
@@ -82,6 +82,34 @@ def test_bert_is_finetuned_on_labelled_texts_and_handed_on(workplace, run_main):
         assert as_printed(theirs([text])[0], [], "text", None) in out
 
 
+def random_model(name: str, tokenizer: Tokenizer, seed: int) -> Transformer:
+    """A model of that name with random weights."""
+    keys = SMALL | shape_of(name) | {"vocab_size": tokenizer.vocab_size, "block_size": 64}
+    keys |= {} if name.startswith("eurobert") else {"head_size": 6, "n_kv_head": 2}
+    return scramble(build_model(ModelConfig(**keys)).eval(), seed, scale=0.3)
+
+
+@pytest.mark.parametrize("kind", ["BPE", "BERT"])
+@pytest.mark.parametrize("name", ["bert-text", "eurobert-text"])
+def test_a_pipeline_answers_to_a_pair_as_sample_does(name, kind, tokenizers, tmp_path):
+    tokenizer = tokenizers[kind]
+    model = random_model(name, tokenizer, seed=0)
+    export_model(model, tokenizer, tmp_path / "there")
+    theirs = pipeline("text-classification", str(tmp_path / "there"), device="cpu", top_k=None)
+    found = theirs({"text": "little wolves", "text_pair": "met foxes"})
+    text = f"little wolves{tokenizer.decode([tokenizer.end_of_text])}met foxes"
+    [answer] = task_of(model.config).answer(model, tokenizer, text)
+    assert as_printed(found, [], "text", tokenizer) == "".join(answer)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_vocabulary_of_pieces_is_read_with_its_rule_for_capitals(lower, tmp_path):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Cat", "cat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
+    assert read_tokenizer(tmp_path).encode("Cat") == [6 if lower else 5]
+
+
 @pytest.mark.parametrize("kind", ["BPE", "BERT"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_pipeline_answers_as_sample_does(name, kind, tokenizers):
@@ -93,9 +121,7 @@ def test_a_pipeline_answers_as_sample_does(name, kind, tokenizers):
     def law(words, seed):
         if shape["head"] == "tokens":
             words = [*words, mask, *words[:2], mask][: seed % 2 + len(words) + 1]
-        keys = SMALL | shape | {"vocab_size": tokenizer.vocab_size, "block_size": 64}
-        keys |= {} if name.startswith("eurobert") else {"head_size": 6, "n_kv_head": 2}
-        model = scramble(build_model(ModelConfig(**keys)).eval(), seed, scale=0.3)
+        model = random_model(name, tokenizer, seed)
         text = " ".join(words)
         with TemporaryDirectory() as place:
             export_model(model, tokenizer, Path(place) / "there")
