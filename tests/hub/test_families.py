@@ -87,11 +87,14 @@ def test_a_model_of_transformers_is_the_same_model_here(name, count, tmp_path):
 
 @every_model
 def test_at_the_end_of_a_long_context_a_model_is_the_same_here(name, tmp_path):
-    """The rounding of rotary frequencies grows with the position: once to 7e-4 of the logits."""
+    """The rounding of rotary frequencies grows with the position: once to 7e-4 of the logits.
+
+    Sums over so many tokens alone make differences of 1e-5.
+    """
     long = {"block_size": 4096, "head_size": 128, "n_embd": 128, "n_head": 1, "rope_theta": 1e6}
     config = their_config(name, SMALL | long | {"n_layer": 1})
     model, _ = load_pretrained(save_theirs(tmp_path, config, scale=0.3))
-    assert_same_logits(model, read_theirs(tmp_path), length=4096)
+    assert_same_logits(model, read_theirs(tmp_path), length=4096, tolerance=1e-4)
 
 
 @every_model
