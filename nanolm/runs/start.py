@@ -263,7 +263,7 @@ def fit_to_start(config: TrainConfig, start: Start) -> TrainConfig:
         )
     for key in sorted(changed - {"init_from", "pretrained", "overwrite", "eval_only", "out_dir"}):
         print(f"changed   {key}: {old[key]!r} before, {new[key]!r} now")
-    if changed & {"dataset", "eval_iters", "batch_size"}:
+    if changed & {"dataset", "eval_iters", "batch_size", "mask_fraction"}:
         print("warning   losses of other batches: those before and after do not compare")
     # init_from stays, for it says where the shape came from
     return replace(config, init_from=origin, pretrained=None)
