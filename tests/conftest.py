@@ -75,6 +75,14 @@ def run_here(script: str, *arguments: object) -> int:
     return end.value.code
 
 
+@pytest.fixture(autouse=True)
+def compiled_afresh():
+    """What one test has compiled is not held against the next: PyTorch limits recompilations."""
+    yield
+    if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and loading it takes time
+        torch.compiler.reset()
+
+
 @pytest.fixture
 def run_main(capsys) -> Callable[..., tuple[int, str, str]]:
     """run_main("train", *arguments) -> exit code, stdout, stderr."""

@@ -216,7 +216,6 @@ def test_a_model_trains_without_ever_holding_its_logits(monkeypatch, tie_embeddi
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # as torch.compile itself does
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_model_has_the_same_loss_and_gradients_in_chunks(monkeypatch, dtype):
-    torch.compiler.reset()  # models of other tests count against the limit of recompilations
     monkeypatch.setitem(chapter.CHUNK, "cpu", 2**13)
     torch.manual_seed(0)
     model = GPT(WIDE)
