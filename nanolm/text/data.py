@@ -35,7 +35,7 @@ from nanolm.text.tokenizer import (
 
 FORMAT = 2  # of meta.json
 TASK = "causal"  # what a dataset is for, unless it says otherwise
-KINDS = (TASK, "classification", "tagging")  # what it may be for
+KINDS = (TASK, "classification", "tagging", "completion")  # what it may be for
 SEAL = "meta.json"
 SPLITS = ("train", "val")
 DATA_DIR = Path("data")

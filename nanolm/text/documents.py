@@ -115,7 +115,7 @@ def json_lines(file: Iterable[bytes], name: object, text_key: str) -> Iterator[d
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             keys = ""
             if isinstance(record, dict) and text_key not in record:
-                keys = f"; here are {', '.join(record)}: choose by --text_key"
+                keys = f"; here are {', '.join(record)}: choose by --text_key, or a --task"
             raise ValueError(
                 f'{name}, line {number}: each line must be a JSON object whose key "{text_key}" '
                 f"holds a string{keys}"

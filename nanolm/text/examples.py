@@ -103,7 +103,7 @@ def split_records(records: list[Record], fraction: float) -> tuple[list[Record],
     train, val = ([r for i, r in enumerate(records) if (i in chosen) == kept] for kept in (0, 1))
     if not train or not val:
         raise ValueError(
-            f"{len(records)} labelled texts are too few for val_fraction={fraction}: give more, "
+            f"{len(records)} examples are too few for val_fraction={fraction}: give more, "
             "or others with --val_input FILE"
         )
     return train, val

@@ -1,23 +1,35 @@
 """The datasets that nanolm knows by name: where their text comes from, and their tokenizer.
 
 Python's own documentation is on every machine that runs this. Tiny Shakespeare is downloaded once,
-and reviews of movies come as a package.
+and reviews of movies and translated messages come as packages.
 """
 
 import csv
 import hashlib
 import http.client
+import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 from nanolm.system.files import sha256, whole_file
+from nanolm.text.conversations import PAIR
 from nanolm.text.corpus import Corpus
 from nanolm.text.documents import documents, read_parts
-from nanolm.text.library import in_mixed_order, pydocs, pymodules, pyroles
+from nanolm.text.library import (
+    in_mixed_order,
+    pydocs,
+    pyhelp,
+    pymodules,
+    pyroles,
+    pysummaries,
+)
 from nanolm.text.records import Record
 
 SHAKESPEARE_URL = (
@@ -98,6 +110,55 @@ def movie_texts(folder: Path) -> Corpus:
     return Corpus("movie reviews of IMDb", lambda: documents(texts), size)
 
 
+MESSAGES = "homeassistant-2025.4.4-py3-none-any.whl"  # Apache-2.0
+LANGUAGES = ("cs", "da", "de", "es", "fi", "fr", "it", "ja", "nl", "pl", "pt", "ru", "sv", "uk")
+FEWEST_WORDS = 3
+
+
+def messages(folder: Path, wheel: Path | None = None, *, language: str) -> list[Record]:
+    """What Home Assistant says to people, in English and another language; a file each component.
+
+    wheel: that of the package; without it, it is looked for in the folder. Raises ValueError where
+    it is missing or not sound.
+    """
+    wheel = wheel or folder / MESSAGES
+    if not wheel.is_file():
+        raise ValueError(
+            f"{wheel} is missing: pip download --no-deps "
+            f"--only-binary :all: --python-version 3.13 -d {folder} homeassistant==2025.4.4"
+        )
+    found, ending = {}, "/translations/en.json"
+    try:
+        with ZipFile(wheel) as files:
+            names = set(files.namelist())
+            for name in sorted(name for name in names if name.endswith(ending)):
+                other = name.replace(ending, f"/translations/{language}.json")
+                if other not in names:
+                    continue
+                english, theirs = (dict(leaves(json.loads(files.read(n)))) for n in (name, other))
+                for key in english.keys() & theirs.keys():
+                    pair = " ".join(english[key].split()), " ".join(theirs[key].split())
+                    if len(pair[0].split()) >= FEWEST_WORDS and pair[1] and pair[0] != pair[1]:
+                        found[pair[0]] = min(found.get(pair[0], (pair[1], name)), (pair[1], name))
+    except (BadZipFile, zlib.error, ValueError, OSError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{wheel} is no sound package ({error}): download it again") from None
+    if not found:
+        raise ValueError(f"{wheel} has no texts in {language!r}: download {MESSAGES}")
+    return [
+        Record((text, found[text][0]), PAIR, found[text][1], "")
+        for text in in_mixed_order({*found})
+    ]
+
+
+def leaves(tree: dict, path: str = "") -> Iterator[tuple[str, str]]:
+    """The texts of nested dicts, by where they stand."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+        elif isinstance(value, str):
+            yield path + key, value
+
+
 @dataclass(frozen=True)
 class KnownDataset:
     """Texts that nanolm can find by itself, and the tokenizer that goes with them."""
@@ -105,14 +166,23 @@ class KnownDataset:
     texts: Callable[[Path], Corpus | list[Record]]  # given the dataset's folder
     tokenizer: str  # as for prepare.py, or that of another known dataset
     task: str = "causal"
+    takes_input: bool = False  # whether texts also takes a path, of what it is made of
 
 
 KNOWN_DATASETS = {
     "movie_reviews": KnownDataset(movie_reviews, "movie_texts", "classification"),
     "movie_texts": KnownDataset(movie_texts, "bpe:4096"),
+    **{
+        f"messages_{code}": KnownDataset(
+            partial(messages, language=code), "bpe:4096", "completion", takes_input=True
+        )
+        for code in LANGUAGES
+    },
     "pydocs": KnownDataset(pydocs, "bpe:2048"),
+    "pyhelp": KnownDataset(pyhelp, "pydocs", "completion"),
     "pymodules": KnownDataset(pymodules, "pydocs", "classification"),
     "pyroles": KnownDataset(pyroles, "bpe:2048", "tagging"),
+    "pysummaries": KnownDataset(pysummaries, "pydocs", "completion"),
     "shakespeare": KnownDataset(tiny_shakespeare, "gpt2"),
     "shakespeare_char": KnownDataset(tiny_shakespeare, "char"),
 }

@@ -17,9 +17,12 @@ from functools import cache
 from keyword import iskeyword
 from pathlib import Path
 
+from nanolm.text.conversations import ASSISTANT, PAIR, USER
 from nanolm.text.corpus import Corpus
 from nanolm.text.documents import documents
 from nanolm.text.records import Record
+
+CHAT = (USER, ASSISTANT)
 
 
 def pydocs(folder: Path) -> Corpus:
@@ -113,6 +116,57 @@ def pymodules(folder: Path) -> list[Record]:
             if text and text.isascii():
                 found.setdefault(text, Record((text,), (package,), str(path), str(path)))
     return list(found.values())
+
+
+# ------------------------------------------------------------------------------------------
+# Texts for texts: what does a function do?
+
+LONGEST_SOURCE, LONGEST_SUMMARY, LONGEST_HELP = 800, 120, 300  # characters
+
+
+def pysummaries(folder: Path) -> list[Record]:
+    """The functions of the library without their docstrings, and the first paragraph of these."""
+    found = {}
+    for path, source, tree in library_files():
+        lines = source.decode(errors="replace").splitlines()
+        for _, node in definitions(tree):
+            summary, [first, *rest] = first_paragraph(node), node.body
+            if isinstance(node, ast.ClassDef) or not rest or len(summary) > LONGEST_SUMMARY:
+                continue
+            head, body = lines[node.lineno - 1 : first.lineno - 1], lines[first.end_lineno :]
+            body = body[: node.end_lineno - first.end_lineno]
+            text = inspect.cleandoc("\n" + "\n".join([*head, *body]))
+            if summary and len(text) <= LONGEST_SOURCE and (text + summary).isascii():
+                found.setdefault(text, Record((text, summary), PAIR, str(path), str(path)))
+    return list(found.values())
+
+
+def pyhelp(folder: Path) -> list[Record]:
+    """Questions what the functions and classes of the library are for, and their docstrings."""
+    found = {}
+    for path, _, tree in library_files():
+        module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        for name, node in definitions(tree):
+            answer, full = first_paragraph(node), f"{module}.{name}"
+            public = not any(part.startswith("_") for part in full.split("."))
+            if answer and public and answer.isascii() and len(answer) <= LONGEST_HELP:
+                parts = f"What does {full} do?", answer
+                found.setdefault(full, Record(parts, CHAT, str(path), str(path)))
+    return list(found.values())
+
+
+def definitions(node: ast.AST, within: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """All functions and classes that a module or a class defines, by their qualified names."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield within + child.name, child
+            yield from definitions(child, f"{within}{child.name}.")
+
+
+def first_paragraph(node: ast.AST) -> str:
+    """The first paragraph of a docstring, on one line."""
+    text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
+    return " ".join(text.split("\n\n")[0].split())
 
 
 # ------------------------------------------------------------------------------------------

@@ -56,12 +56,14 @@ def with_mask(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer if mask_of(tokenizer) is not None else tokenizer.with_special(MASKS[0])
 
 
-def same_but_for_the_mask(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers give all texts the same ids; one of them may have a mask."""
-    if one == other or mask_of(one) == mask_of(other):
-        return one == other
-    bare = one if mask_of(one) is None else other
-    return bare.kind != CharTokenizer.kind and with_mask(bare) in (one, other)
+def extends(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether one is the other, or has more special tokens behind those of the other."""
+    if type(one) is not type(other):
+        return False
+    special = one.special_tokens
+    for token in sorted(special.keys() - other.special_tokens.keys(), key=special.get):
+        other = other.with_special(token)
+    return one == other
 
 
 def framed(tokenizer: Tokenizer, *parts: list[int]) -> list[int]:

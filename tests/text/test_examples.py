@@ -78,7 +78,7 @@ def test_no_label_is_left_without_a_text_for_training():
 
 
 def test_too_few_texts_are_told_so():
-    with pytest.raises(ValueError, match=r"3 labelled texts are too few for val_fraction=0\.1"):
+    with pytest.raises(ValueError, match=r"3 examples are too few for val_fraction=0\.1"):
         split_records([record("a")] * 3, 0.1)
 
 
