@@ -12,6 +12,9 @@ entries of variance 1 has variance hs: undivided, the softmax of a wide head wou
 saturated, where its gradient is zero. A language model must not look ahead, so every score of a
 later key is replaced by -inf before the softmax (causal attention).
 
+The queries of a text may also look at another one, as a translation looks at its source: keys and
+values are then made out of that (cross attention).
+
 Several heads do this side by side, each on its own slice of the channels. Grouped heads (Ainslie
 et al. 2023) let several query heads share one key/value head, which makes the cache smaller.
 Rotary positions (Su et al. 2021, eq. 34) turn queries and keys by an angle proportional to their
@@ -113,7 +116,8 @@ def rotary_angles(positions: Tensor, hs: int, theta: float = 10000.0) -> tuple[T
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair of channels (i, i + hs/2) by its angle: rotary positions in Llama's layout.
 
-    x: (B, nh, T, hs); angles: as rotary_angles gives them. Shape, dtype and norms stay.
+    x: (B, nh, T, hs); angles: as rotary_angles gives them, or those of each text, (B, 1, T, hs/2).
+    Shape, dtype and norms stay.
     """
     cos, sin = angles[0].to(x.dtype), angles[1].to(x.dtype)  # (T, hs/2)
     first, second = x.chunk(2, dim=-1)  # (B, nh, T, hs/2) each
@@ -124,7 +128,8 @@ class KVCache:
     """The keys and values that one attention layer has computed so far.
 
     Causal attention never changes the past, so when a text grows by a token, only that token's key
-    and value are new. Space for max_length tokens is taken at the first append.
+    and value are new. Space for max_length tokens, or for as many as come, is taken at the first
+    append.
     """
 
     def __init__(self, max_length: int):
@@ -134,14 +139,22 @@ class KVCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add k and v, (B, n_kv_head, T, hs) each; returns all so far, (B, n_kv_head, S, hs)."""
         if self.length == 0:
-            B, n_kv_head, _, hs = k.shape
-            self.k = k.new_empty(B, n_kv_head, self.max_length, hs)
+            B, n_kv_head, T, hs = k.shape
+            self.k = k.new_empty(B, n_kv_head, max(T, self.max_length), hs)
             self.v = torch.empty_like(self.k)
         end = self.length + k.shape[2]
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        return self.held()
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, (B, n_kv_head, S, hs) each."""
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, (B,) numbers, some of which may come twice."""
+        self.k, self.v = self.k[rows], self.v[rows]
 
 
 class MultiHeadAttention(nn.Module):
@@ -176,23 +189,30 @@ class MultiHeadAttention(nn.Module):
         self,
         x: Tensor,
         *,
+        memory: Tensor | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Let the tokens x, (B, T, C), look at one another, and at those of the cache before them.
 
-        angles: rotary angles of the T positions. mask: booleans that broadcast to (B, nh, T, S),
-        True where a query may look. Returns (B, T, C).
+        memory: (B, S, C), what they look at instead; a cache then keeps its keys and values, which
+        are made once. angles: rotary angles of the T positions. mask: booleans that broadcast to
+        (B, nh, T, S), True where a query may look. Returns (B, T, C).
         """
         B, T, _ = x.shape
         q = self.q_norm(self.q(x).view(B, T, -1, self.head_size)).transpose(1, 2)  # (B, nh, T, hs)
-        k = self.k_norm(self.k(x).view(B, T, -1, self.head_size)).transpose(1, 2)
-        v = self.v(x).view(B, T, -1, self.head_size).transpose(1, 2)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, n_kv_head, S, hs)
+        if memory is not None and cache is not None and cache.length:
+            k, v = cache.held()
+        else:
+            seen = x if memory is None else memory
+            k = self.k(seen).view(B, seen.shape[1], -1, self.head_size)
+            v = self.v(seen).view(k.shape).transpose(1, 2)
+            k = self.k_norm(k).transpose(1, 2)
+            if angles is not None:
+                q, k = rotate(q, angles), rotate(k, angles)
+            if cache is not None:
+                k, v = cache.append(k, v)  # (B, n_kv_head, S, hs)
         formula = prefer_formula(x.device.type, q.dtype, T, k.shape[2])
         attend = attention if formula else fast_attention
         dropout = self.dropout if self.training else 0.0

@@ -101,6 +101,45 @@ def epoch_groups(
     return [groups[i] for i in random.permutation(len(groups))]
 
 
+def token_groups(
+    lengths: np.ndarray, *, batch_tokens: int, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """The same with about batch_tokens tokens in each batch, its padding included.
+
+    lengths: (n,), or (n, 2) of sources and their answers, which are filled up apart. A longer
+    example is a batch of its own.
+    """
+    random, lengths = np.random.default_rng((seed, epoch)), lengths.reshape(len(lengths), -1)
+    order = random.permutation(len(lengths))  # among those of one length
+    order = order[np.lexsort(lengths[order].T)]
+    groups, first, longest = [], 0, lengths[order[0]]
+    for i, own in enumerate(lengths[order]):
+        longest = np.maximum(longest, own)
+        if i > first and longest.sum() * (i + 1 - first) > batch_tokens:
+            groups.append(order[first:i])
+            first, longest = i, own
+    groups.append(order[first:])
+    return [groups[i] for i in random.permutation(len(groups))]
+
+
+def packed_rows(lengths: np.ndarray, *, block_size: int, seed: int) -> list[list[int]]:
+    """Rows of at most block_size tokens, each of several examples, as their numbers, each once.
+
+    lengths: 1 to block_size each. Best fit: each example, in a drawn order, comes into the fullest
+    row that has room for it (Ding et al. 2024 pack documents so).
+    """
+    rooms, rows = [[] for _ in range(block_size + 1)], []  # rooms: the rows by the room they have
+    for number in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        n = int(lengths[number])
+        room = next((room for room in range(n, block_size) if rooms[room]), block_size)
+        row = rooms[room].pop() if rooms[room] else []
+        if not row:
+            rows.append(row)
+        row.append(number)
+        rooms[room - n].append(row)
+    return rows
+
+
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
     """Raise ValueError where an id has no embedding, before a GPU fails without a word."""
     if ids.size and ids.max() >= vocab_size:

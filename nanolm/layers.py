@@ -7,12 +7,15 @@ without care; or the sum ("post-norm", Vaswani et al. 2017), as BERT does:
     x = x + attention(norm(x))        x = norm(x + attention(x))
     x = x + mlp(norm(x))              x = norm(x + mlp(x))
 
+Between the two, the decoder of a pair looks at what its encoder has made of another text.
+
 The parts that people argue about are looked up by name, so that GPT-2 (Radford et al. 2019) and a
 modern model are two configurations of one class:
 
     norm       layer: (x - mean) / std * weight + bias      rms: x / rms(x) * weight
     position   learned: a vector per position   sinusoidal: waves   rotary: inside attention
     mlp        gelu, gelu_erf: down(gelu(up x))   relu2: down(relu(up x)^2)
+               relu, silu: down(max(0, up x)), down(silu(up x))
                swiglu: down(silu(gate x) * up x)
 """
 
@@ -50,6 +53,10 @@ class ModelConfig:
     qk_norm: bool = False  # RMS-normalize queries and keys
     tie_embeddings: bool = True  # output layer = input embedding (Press & Wolf 2017)
     causal: bool = True  # False: each token sees all others, as in an encoder
+    n_encoder_layer: int = 0  # blocks of an encoder that the decoder looks at; 0: there is none
+    start_id: int = 0  # with an encoder: the token before a text's first (set by the task)
+    scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
+    label_smoothing: float = 0.0  # in training, so much of each target is spread over all tokens
     norm_first: bool = True  # False: normalize each sum, and not what is added
     n_types: int = 0  # parts of a text that have an embedding of their own (BERT: 2); 0: none
     head: str = "tokens"  # what the model gives a label: tokens | text | words (set by the task)
@@ -58,8 +65,8 @@ class ModelConfig:
     def __post_init__(self):
         sizes = "vocab_size block_size n_layer n_head n_embd n_hidden n_kv_head head_size"
         require_at_least(self, 1, sizes)
-        require_at_least(self, 0, "n_types")
-        require_fraction(self, "dropout")
+        require_at_least(self, 0, "n_types n_encoder_layer start_id")
+        require_fraction(self, "dropout label_smoothing")
         for key in ("norm_eps", "rope_theta"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
@@ -70,6 +77,20 @@ class ModelConfig:
             raise ValueError(f"n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}")
         if self.position == "rotary" and self.head_size % 2:
             raise ValueError(f"head_size={self.head_size}: position='rotary' needs an even one")
+        if self.n_encoder_layer and not (self.causal and self.head == "tokens"):
+            raise ValueError(
+                f"n_encoder_layer={self.n_encoder_layer}: goes with a decoder, causal=True, that "
+                "writes tokens"
+            )
+        if self.n_encoder_layer and self.vocab_size and self.start_id >= self.vocab_size:
+            raise ValueError(f"start_id={self.start_id}: must be below {self.vocab_size}")
+
+    @property
+    def kind(self) -> str:
+        """Which of the three models it is, in words."""
+        if self.n_encoder_layer:
+            return "an encoder-decoder"
+        return "a decoder" if self.causal else "an encoder"
 
     @staticmethod
     def choices() -> dict[str, Collection[str]]:
@@ -161,6 +182,11 @@ def gelu_erf(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0), as in the first Transformer (Vaswani et al. 2017, eq. 2)."""
+    return F.relu(x)
+
+
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2 (So et al. 2021)."""
     return F.relu(x).square()
@@ -185,43 +211,54 @@ def rms_norm(config: ModelConfig) -> nn.Module:
 
 
 def sinusoids(length: int, n_embd: int) -> Tensor:
-    """A wave per pair of channels: sin and cos of pos / 10000^(2i / C) at channels 2i and 2i + 1.
+    """Waves of C / 2 lengths: the sines of pos / 10000^(2i / C), then their cosines.
 
-    Returns (length, n_embd). Vaswani et al. 2017, section 3.5.
+    Returns (length, n_embd). Vaswani et al. 2017, section 3.5; in halves as in their program, and
+    not in turns as in their text: the order of channels means nothing.
     """
-    positions = torch.arange(length).float()[:, None]  # (length, 1)
-    frequencies = 10000.0 ** (-torch.arange(0, n_embd, 2).float() / n_embd)  # (ceil(C / 2),)
-    waves = torch.stack(((positions * frequencies).sin(), (positions * frequencies).cos()), dim=-1)
-    return waves.flatten(1)[:, :n_embd]  # interleaved; an odd width loses the last cosine
+    positions = torch.arange(length, dtype=torch.float64)[:, None]  # (length, 1)
+    angles = positions * 10000.0 ** (-torch.arange(0, n_embd, 2).double() / n_embd)
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # (length, 2 ceil(C / 2))
+    return waves[:, :n_embd].float()  # an odd width loses the last cosine
 
 
 NORMS = {"layer": layer_norm, "rms": rms_norm}
 MLPS = {
     "gelu": partial(MLP, activation=gelu),
     "gelu_erf": partial(MLP, activation=gelu_erf),
-    "swiglu": partial(GatedMLP, activation=F.silu),  # silu(x) = x sigmoid(x)
+    "swiglu": partial(GatedMLP, activation=F.silu),
+    "relu": partial(MLP, activation=relu),
     "relu2": partial(MLP, activation=relu2),
+    "silu": partial(MLP, activation=F.silu),  # silu(x) = x sigmoid(x)
 }
 POSITIONS = ("learned", "sinusoidal", "rotary")
 HEADS = ("tokens", "text", "words")
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each added to the residual stream, with a norm before or after."""
+    """Attention, then an MLP, each added to the residual stream, with a norm before or after.
 
-    def __init__(self, config: ModelConfig):
+    causal: its tokens look back alone. cross: there is a second attention between the two, which
+    looks at another text.
+    """
+
+    def __init__(self, config: ModelConfig, *, causal: bool, cross: bool = False):
         super().__init__()
-        self.attn_norm = NORMS[config.norm](config)
-        self.attn = MultiHeadAttention(
+        new_attention = partial(
+            MultiHeadAttention,
             config.n_embd,
             config.n_head,
             n_kv_head=config.n_kv_head,
             head_size=config.head_size,
             bias=config.bias,
             dropout=config.dropout,
-            causal=config.causal,
             qk_norm=partial(RMSNorm, eps=config.norm_eps) if config.qk_norm else nn.Identity,
         )
+        self.attn_norm = NORMS[config.norm](config)
+        self.attn = new_attention(causal=causal)
+        if cross:
+            self.cross_norm = NORMS[config.norm](config)
+            self.cross = new_attention(causal=False)
         self.mlp_norm = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
@@ -229,19 +266,33 @@ class Block(nn.Module):
 
     def residual_writers(self) -> tuple[nn.Linear, ...]:
         """The layers whose output is added to the residual stream; they start smaller."""
-        return self.attn.out, self.mlp.down
+        crossing = (self.cross.out,) if hasattr(self, "cross") else ()
+        return self.attn.out, *crossing, self.mlp.down
 
     def forward(
         self,
         x: Tensor,
+        *,
         angles: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
         mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        memory_cache: KVCache | None = None,
     ) -> Tensor:
-        """x: (B, T, C) -> (B, T, C); angles, cache and mask as in MultiHeadAttention."""
-        attn = partial(self.attn, angles=angles, cache=cache, mask=mask)
+        """x: (B, T, C) -> (B, T, C).
+
+        angles, mask and cache are those of its attention; memory, what its cross attention looks
+        at, has a mask and a cache of its own.
+        """
+        x = self.add(x, partial(self.attn, angles=angles, mask=mask, cache=cache), self.attn_norm)
+        if memory is not None:
+            look = partial(self.cross, memory=memory, mask=memory_mask, cache=memory_cache)
+            x = self.add(x, look, self.cross_norm)
+        return self.add(x, self.mlp, self.mlp_norm)
+
+    def add(self, x: Tensor, change: Callable[[Tensor], Tensor], norm: nn.Module) -> Tensor:
+        """x with what the change makes of it."""
         if self.norm_first:
-            x = x + self.dropout(attn(self.attn_norm(x)))
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        x = self.attn_norm(x + self.dropout(attn(x)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+            return x + self.dropout(change(norm(x)))
+        return norm(x + self.dropout(change(x)))

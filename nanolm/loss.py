@@ -6,6 +6,9 @@ the mean surprise at the targets (cross-entropy):
 
     loss = mean over positions of  log(sum_j exp z_j) - z_target
 
+With label smoothing (Szegedy et al. 2016, section 7) a part e of each target is spread over all
+tokens, so that no logit has to grow without bound: z_target becomes (1 - e) z_target + e mean z.
+
 With a vocabulary of tens of thousands the logits are by far the largest tensor of training, and
 their gradient is one more. But that gradient is known as soon as they are, softmax(z) with 1 taken
 off at the target; so a chunk of positions can be finished, forward and backward, before the next
@@ -24,15 +27,20 @@ NO_TARGET = -1  # a target where there is no loss
 CHUNK = {"cpu": 6_000_000, "cuda": 120_000_000}
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Mean of -log softmax(logits)[target] over targets that are not -1; 0 where there is none.
 
     logits: (B, T, V), of any precision: the softmax is computed in at least fp32. targets: (B, T).
+    smoothing: the part of each target that is spread over all tokens.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     total = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum"
+        logits.flatten(0, 1),
+        targets.flatten(),
+        ignore_index=NO_TARGET,
+        reduction="sum",
+        label_smoothing=smoothing,
     )
     return total / (targets != NO_TARGET).sum().clamp(min=1)
 
@@ -44,6 +52,7 @@ def projected_cross_entropy(
     chunk: int | None = None,
     *,
     bias: Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """cross_entropy(x @ weight.T + bias, targets), computed chunk logits at a time (>= a row).
 
@@ -53,14 +62,14 @@ def projected_cross_entropy(
     """
     chunk = chunk or CHUNK.get(x.device.type, CHUNK["cpu"])
     if targets.numel() * len(weight) <= chunk or product_dtype(x) == torch.float16:
-        return cross_entropy(F.linear(x, weight, bias), targets)
+        return cross_entropy(F.linear(x, weight, bias), targets, smoothing=smoothing)
     if bias is not None:  # as the weights of one more channel, which is always 1
         x = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)
         weight = torch.cat((weight, bias[:, None]), dim=1)
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()  # asks for no gradients
     rows = max(1, chunk // len(weight))
-    return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), rows)
+    return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), rows, smoothing)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -73,7 +82,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """The loss of x (N, C) with its gradients, computed together, a few rows at a time."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, rows: int, smoothing: float
+    ) -> Tensor:
         """x: (N, C); weight: (V, C); targets: (N,); rows: how many of the N at a time."""
         narrow = product_dtype(x)
         matrix, count = weight.to(narrow), (targets != NO_TARGET).sum().clamp(min=1)
@@ -84,11 +95,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             inputs, target = x[part].to(narrow), targets[part]
             log_p = F.log_softmax((inputs @ matrix.T).to(total.dtype), dim=-1)
-            total += F.nll_loss(log_p, target, ignore_index=NO_TARGET, reduction="sum")
+            losses = F.nll_loss(log_p, target, ignore_index=NO_TARGET, reduction="sum")
+            spread = log_p[target != NO_TARGET].mean(dim=-1).sum() if smoothing else 0.0
+            total += (1 - smoothing) * losses - smoothing * spread
             if dx is None and dweight is None:
                 continue
             d = log_p.exp_()  # (rows, V): softmax(z), then minus 1 at the target
-            d[torch.arange(len(d), device=d.device), target.clamp(min=0)] -= 1
+            if smoothing:
+                d -= smoothing / len(weight)
+            d[torch.arange(len(d), device=d.device), target.clamp(min=0)] -= 1 - smoothing
             d = d.mul_(((target != NO_TARGET).to(d.dtype) / count)[:, None]).to(narrow)
             if dx is not None:
                 dx[part] = d @ matrix
@@ -105,4 +120,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """d: the gradient of the loss, a number."""
         # In place, since the second is large; a second backward pass finds that out and raises.
         dx, dweight = (None if saved is None else saved.mul_(d) for saved in ctx.saved_tensors)
-        return dx, dweight, None, None
+        return dx, dweight, None, None, None

@@ -186,7 +186,15 @@ def trapezoid(step: int, *, warmup_iters: int, decay_iters: int, cooldown_iters:
     return min(1.0, (decay_iters - step) / length)
 
 
-SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}
+def inverse_sqrt(step: int, *, warmup_iters: int, decay_iters: int, cooldown_iters: int) -> float:
+    """1 / sqrt(step), scaled to be 1 where the warm-up ends (Vaswani et al. 2017, eq. 3).
+
+    It knows no end, and is far above the floor when decay_iters cuts it off.
+    """
+    return math.sqrt((warmup_iters + 1) / (step + 1))
+
+
+SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid, "inverse_sqrt": inverse_sqrt}
 
 
 def learning_rate(

@@ -95,14 +95,18 @@ def choose_engine(
     dtype: str = "auto",
     compile: bool | str = "auto",
     flops: float = 0.0,
+    many_shapes: bool = False,
 ) -> Engine:
     """The engine for a run of flops operations in all; what is not auto is taken as given.
+
+    many_shapes: whether its batches differ in the length of two texts, a source and its answer.
 
     Raises ValueError for a device, precision or compilation that the machine does not have.
     """
     device, device_reason = choose_device(hardware, device)
-    dtype, dtype_reason = choose_dtype(hardware, device.split(":")[0], dtype)
-    compile, compile_reason = choose_compile(hardware, device.split(":")[0], dtype, compile, flops)
+    kind = device.split(":")[0]
+    dtype, dtype_reason = choose_dtype(hardware, kind, dtype)
+    compile, compile_reason = choose_compile(hardware, kind, dtype, compile, flops, many_shapes)
     return Engine(device, dtype, compile, (device_reason, dtype_reason, compile_reason))
 
 
@@ -145,7 +149,12 @@ COMPILE_FROM_FLOPS = {"float32": 4e13, "bfloat16": 5e12, "float16": 4e13, "cuda"
 
 
 def choose_compile(
-    hardware: Hardware, kind: str, dtype: str, compile: bool | str, flops: float
+    hardware: Hardware,
+    kind: str,
+    dtype: str,
+    compile: bool | str,
+    flops: float,
+    many_shapes: bool = False,
 ) -> tuple[bool, str]:
     """Whether to run through torch.compile, and why."""
     able = hardware.compiler and (kind != "cuda" or hardware.triton)
@@ -162,6 +171,8 @@ def choose_compile(
         return False, "no C++ compiler, Python headers or triton here"
     if kind == "mps":
         return False, "torch.compile is young on Apple GPUs"
+    if kind == "cpu" and many_shapes:
+        return False, "on a CPU, batches of many shapes are faster so"
     if flops < COMPILE_FROM_FLOPS["cuda" if kind == "cuda" else dtype]:
         return False, "the run is too short to earn the compilation back"
     return True, "the run is long enough; the first steps take up to a minute, they compile"

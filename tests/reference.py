@@ -76,6 +76,11 @@ def linear(x, weight, bias=0.0):
     return np.einsum("...i,oi->...o", x, weight) + bias
 
 
+def relu(x):
+    """max(0, x) (Vaswani et al. 2017, eq. 2)."""
+    return np.maximum(0, x)
+
+
 def relu2(x):
     """max(0, x)^2 (So et al. 2021, section 4.2)."""
     return np.maximum(0, x) ** 2
@@ -92,7 +97,9 @@ MLPS = Formulas(
     gelu=(gelu_tanh, False),
     gelu_erf=(gelu_erf, False),
     swiglu=(silu, True),
+    relu=(relu, False),
     relu2=(relu2, False),
+    silu=(silu, False),
 )
 
 
@@ -111,12 +118,12 @@ def mlp(x, params, kind):
 
 
 def sinusoids(length, C):
-    """PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i + 1) = cos(same) (Vaswani, sect. 3.5)."""
-    table = np.zeros((length, C))
+    """Sines of pos / 10000^(2i/C), then their cosines (Vaswani et al. 2017, section 3.5)."""
+    table, half = np.zeros((length, C)), (C + 1) // 2
     for position in range(length):
         for channel in range(C):
-            angle = position / 10000 ** ((channel - channel % 2) / C)
-            table[position, channel] = math.cos(angle) if channel % 2 else math.sin(angle)
+            angle = position / 10000 ** (2 * (channel % half) / C)
+            table[position, channel] = math.sin(angle) if channel < half else math.cos(angle)
     return table
 
 
@@ -168,6 +175,7 @@ def multi_head_attention(
     n_kv_head,
     head_size,
     *,
+    memory=None,
     causal=True,
     mask=None,
     rope_theta=None,
@@ -178,20 +186,22 @@ def multi_head_attention(
 
     x: (B, T, C); params: weights by name ("q.weight", "q.bias", ...; biases and "q_norm.weight"
     only where they exist). With rope_theta, queries and keys turn by positions (default: from 0).
+    memory: (B, S, C), from which keys and values are made instead.
     """
     B, T, _ = x.shape
 
-    def heads(name, n):
+    def heads(x, name, n):
         y = linear(x, params[f"{name}.weight"], params.get(f"{name}.bias", 0.0))
         y = np.stack(np.split(y, n, axis=-1), axis=1)  # (B, n, T, hs)
-        assert y.shape == (B, n, T, head_size)
+        assert y.shape == (B, n, x.shape[1], head_size)
         if f"{name}_norm.weight" in params:
             y = rms_norm(y, params[f"{name}_norm.weight"], norm_eps)
         if rope_theta is not None and name != "v":
             y = rotary(y, np.arange(T) if positions is None else positions, rope_theta)
         return y
 
-    q, k, v = heads("q", n_head), heads("k", n_kv_head), heads("v", n_kv_head)
+    seen = x if memory is None else memory
+    q, k, v = heads(x, "q", n_head), heads(seen, "k", n_kv_head), heads(seen, "v", n_kv_head)
     y = attention(q, k, v, causal=causal, mask=mask)
     y = np.concatenate([y[:, h] for h in range(n_head)], axis=-1)  # (B, T, nh hs)
     return linear(y, params["out.weight"], params.get("out.bias", 0.0))
@@ -200,48 +210,77 @@ def multi_head_attention(
 # The whole model
 
 
-def transformer(params, config, ids, mask=None, types=None, places=None):
+def transformer(
+    params, config, ids, mask=None, types=None, places=None, source=None, source_mask=None
+):
     """Logits: (B, T, V) of a decoder, and of an encoder that finds tokens (B, P, V).
 
+    params: the model's state dict as float64 arrays. mask, (B, T), source_mask, (B, S): which
+    tokens are no padding. places: (B, P). source: (B, S), for an encoder whose last vectors the
+    decoder looks at.
+    """
+    options = {}
+    if source is not None:
+        encoder, n = below(params, "encoder"), config.n_encoder_layer
+        read = tower(encoder, config, source, n, causal=False, mask=source_mask)
+        options = {"memory": read, "memory_mask": source_mask}
+    causal = config.causal
+    x = tower(
+        params, config, ids, config.n_layer, causal=causal, mask=mask, types=types, **options
+    )
+    return head(x, partial(below, params), config, mask, places)
+
+
+def below(params, prefix):
+    """The weights of a part, by their names in it."""
+    start = prefix + "."
+    return {n.removeprefix(start): w for n, w in params.items() if n.startswith(start)}
+
+
+def tower(
+    params, config, ids, n_layer, *, causal, mask=None, types=None, memory=None, memory_mask=None
+):
+    """The last vectors, (B, T, C), after n_layer blocks.
+
     x += attention(norm x); x += mlp(norm x) (GPT-2's layout, Radford et al. 2019); without
-    norm_first x = norm(x + attention(x)); x = norm(x + mlp(x)) (Vaswani et al. 2017). params: the
-    model's state dict as float64 arrays. mask, (B, T): which tokens are no padding.
-    places: (B, P).
+    norm_first x = norm(x + attention(x)); x = norm(x + mlp(x)) (Vaswani et al. 2017); with a
+    memory, there is an attention to it between the two.
     """
 
-    def below(prefix):
-        start = prefix + "."
-        return {n.removeprefix(start): w for n, w in params.items() if n.startswith(start)}
-
     def norm(x, name):
-        return NORMS[config.norm](x, below(name), config.norm_eps)
+        return NORMS[config.norm](x, below(params, name), config.norm_eps)
 
     def add(x, change, name):
         return x + change(norm(x, name)) if config.norm_first else norm(x + change(x), name)
 
-    x = params["tokens.weight"][ids]
-    x = x + POSITIONS[config.position](params, *x.shape[1:])
-    if config.n_types:
-        x = x + params["types.weight"][np.zeros_like(ids) if types is None else types]
-    if not config.norm_first:
-        x = norm(x, "embedding_norm")
-    for i in range(config.n_layer):
-        look = partial(
+    def attend(name, mask, **options):
+        return partial(
             multi_head_attention,
-            params=below(f"blocks.{i}.attn"),
+            params=below(params, name),
             n_head=config.n_head,
             n_kv_head=config.n_kv_head,
             head_size=config.head_size,
-            causal=config.causal,
             mask=None if mask is None else mask[:, None, None, :],
-            rope_theta=config.rope_theta if config.position == "rotary" else None,
             norm_eps=config.norm_eps,
+            **options,
         )
-        think = partial(mlp, params=below(f"blocks.{i}.mlp"), kind=config.mlp)
-        x = add(add(x, look, f"blocks.{i}.attn_norm"), think, f"blocks.{i}.mlp_norm")
-    if config.norm_first:
-        x = norm(x, "norm")
-    return head(x, below, config, mask, places)
+
+    turn = {"rope_theta": config.rope_theta if config.position == "rotary" else None}
+    x = params["tokens.weight"][ids] * (config.n_embd**0.5 if config.scale_embeddings else 1.0)
+    x = x + POSITIONS[config.position](params, *x.shape[1:])
+    if config.n_types:
+        x = x + params["types.weight"][np.zeros_like(ids) if types is None else types]
+    if not config.norm_first and not config.n_encoder_layer:  # as BERT
+        x = norm(x, "embedding_norm")
+    for i in range(n_layer):
+        block = f"blocks.{i}"
+        x = add(x, attend(f"{block}.attn", mask, causal=causal, **turn), f"{block}.attn_norm")
+        if memory is not None:
+            across = attend(f"{block}.cross", memory_mask, causal=False, memory=memory)
+            x = add(x, across, f"{block}.cross_norm")
+        think = partial(mlp, params=below(params, f"{block}.mlp"), kind=config.mlp)
+        x = add(x, think, f"{block}.mlp_norm")
+    return norm(x, "norm") if config.norm_first else x
 
 
 def head(x, below, config, mask, places):
@@ -263,11 +302,17 @@ def head(x, below, config, mask, places):
     return linear(x, **weights)
 
 
-def cross_entropy(logits, targets):
-    """Mean of log(sum_j exp(z_j)) - z_target over the targets that are not -1; 0 where none is."""
+def cross_entropy(logits, targets, smoothing=0.0):
+    """Mean of log(sum_j exp(z_j)) - z_target over the targets that are not -1; 0 where none is.
+
+    smoothing: so much of z_target is the mean of all z (Szegedy et al. 2016, section 7).
+    """
     rows = logits.reshape(-1, logits.shape[-1])
     losses = [
-        row.max() + math.log(np.exp(row - row.max()).sum()) - row[target]
+        row.max()
+        + math.log(np.exp(row - row.max()).sum())
+        - (1 - smoothing) * row[target]
+        - smoothing * row.mean()
         for row, target in zip(rows, np.ravel(targets), strict=True)
         if target != -1
     ]
@@ -343,7 +388,12 @@ def trapezoid(step, warmup_iters, decay_iters, cooldown_iters):
     return 1.0 if step <= start else 1 - (step - start) / (decay_iters - start)
 
 
-SCHEDULES = Formulas(cosine=cosine, trapezoid=trapezoid)
+def inverse_sqrt(step, warmup_iters, decay_iters, cooldown_iters):
+    """step^-0.5 / warmup^-0.5, both counted from 1 (Vaswani et al. 2017, eq. 3)."""
+    return (step + 1) ** -0.5 / (warmup_iters + 1) ** -0.5
+
+
+SCHEDULES = Formulas(cosine=cosine, trapezoid=trapezoid, inverse_sqrt=inverse_sqrt)
 
 
 def learning_rate(step, schedule, peak, floor, **iters):

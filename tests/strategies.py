@@ -47,6 +47,7 @@ def model_configs(draw, **fixed):
         "qk_norm": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()),
         "norm_first": draw(st.booleans()),
+        "scale_embeddings": draw(st.booleans()),
     }
     return ModelConfig(**keys | fixed)
 
@@ -61,6 +62,12 @@ def encoder_configs(**fixed):
             causal=False, labels=("a", "b", "c") * (keys["head"] != "tokens"), **keys | fixed
         )
     )
+
+
+def pair_configs(**fixed):
+    """The same for an encoder and a decoder that looks at it."""
+    layers = st.sampled_from([1, 2])
+    return layers.flatmap(lambda n: model_configs(n_encoder_layer=n, start_id=3, **fixed))
 
 
 class Drawn(SimpleNamespace):

@@ -52,18 +52,19 @@ def test_sinusoids_are_their_formula(length, n_embd):
     assert_close(sinusoids(length, n_embd), reference.sinusoids(length, n_embd))
 
 
-@given(model_configs(norm_first=True), seeds)
-@settings(deadline=None, max_examples=20)
-def test_a_block_adds_what_its_residual_writers_write_and_nothing_else(config, seed):
+@given(model_configs(norm_first=True), seeds, st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_a_block_adds_what_its_residual_writers_write_and_nothing_else(config, seed, cross):
     """With those at 0 it passes its input on: none is forgotten, and each is one."""
-    block = scramble(Block(config), seed)
-    x = torch.randn(2, 5, config.n_embd)
+    block = scramble(Block(config, causal=config.causal, cross=cross), seed)
+    x, seen = torch.randn(2, 5, config.n_embd), torch.randn(2, 7, config.n_embd)
+    look = {"memory": seen} if cross else {}
     writers = block.residual_writers()
     for writer in writers:
-        assert not torch.equal(block(x), x)
+        assert not torch.equal(block(x, **look), x)
         for p in writer.parameters():
             p.data.zero_()
-    assert torch.equal(block(x), x)
+    assert torch.equal(block(x, **look), x)
 
 
 # The config

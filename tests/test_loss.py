@@ -20,7 +20,9 @@ from nanolm.model import GPT
 V, C = 17, 5
 WIDE = ModelConfig(vocab_size=1009, block_size=31, n_layer=1, n_head=1, n_embd=4)
 SHARES = st.sampled_from([0.0, 0.5, 0.9, 1.0])  # of targets that are ignored
-OPTIONS = st.fixed_dictionaries({})  # the options that both forms of the loss take, drawn below
+OPTIONS = st.fixed_dictionaries(
+    {"smoothing": st.sampled_from([0.0, 0.1])}
+)  # the options that both forms of the loss take, drawn below
 CHUNKS = st.sampled_from([1, V, 3 * V, 7 * V + 2, 22 * V - 1])  # of 22 rows of V logits
 
 

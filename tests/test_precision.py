@@ -76,6 +76,12 @@ def test_this_machine_is_described():
     assert choose_engine(hardware).device in ("cpu", "cuda", "mps")
 
 
+def test_a_cpu_does_not_compile_for_batches_of_many_shapes():
+    assert not choose_engine(LAPTOP, flops=LONG, many_shapes=True).compile
+    assert choose_engine(LAPTOP, flops=LONG, many_shapes=True, compile=True).compile
+    assert choose_engine(GPU, flops=LONG, many_shapes=True).compile
+
+
 def test_a_missing_compiler_is_noticed(monkeypatch):
     from nanolm import precision
 
