@@ -9,6 +9,9 @@ probabilities reach p (Holtzman et al. 2020).
 One rule holds where the text outgrows the model's context, with a cache or without: the last half
 of the context is kept, and read again from position 0. (Dropping one token at a time would need
 every key computed anew at every step, because each position would move.)
+
+Where one answer is right, as in translation, one looks for the likeliest text. The likeliest token
+each time does not lead there; beam search follows several beginnings side by side.
 """
 
 import math
@@ -17,6 +20,8 @@ from itertools import count
 
 import torch
 from torch import Tensor
+
+from nanolm.attention import KVCache
 
 
 def keep_top_k(logits: Tensor, k: int | None) -> Tensor:
@@ -70,12 +75,16 @@ def generate(
     stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    cache: list[KVCache] | None = None,
+    **context: Tensor,
 ) -> Iterator[Tensor]:
     """Continue the prompts ids, (B, T) with T >= 1: yields the next token of each row, (B,).
 
     Of a prompt longer than the model's context, its end counts. A row that has drawn one of
-    stop_ids repeats it; the stream ends when all rows have, or after max_new_tokens. The model
-    should be in eval mode. Raises ValueError for options out of range.
+    stop_ids repeats it; the stream ends when all rows have, or after max_new_tokens. cache: one
+    that holds the beginning of prompts which fit into the context, and is filled further. context:
+    what else the model is to be given each time. It should be in eval mode. Raises ValueError for
+    options out of range.
     """
     check_generation_options(max_new_tokens, temperature, top_k, top_p)
     if ids.shape[1] == 0:
@@ -83,25 +92,26 @@ def generate(
     stop = torch.tensor(list(stop_ids), device=ids.device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # the rows that have stopped
     block_size = model.config.block_size
-    context = ids[:, -block_size:]
-    room = min(block_size, context.shape[1] + max_new_tokens)
-    cache, unread = model.new_cache(room), context  # unread: its end, which is not yet cached
+    text = ids[:, -block_size:]
+    cache = cache or model.new_cache(min(block_size, text.shape[1] + max_new_tokens))
+    unread = text[:, cache[0].length :]
     for _ in range(max_new_tokens):
-        if context.shape[1] > block_size:
-            context = context[:, -max(1, block_size // 2) :]
-            cache, unread = model.new_cache(), context
-        logits, _ = model(unread, cache=cache) if use_cache else model(context)  # (B, T, V)
+        if text.shape[1] > block_size:
+            text = text[:, -max(1, block_size // 2) :]
+            cache, unread = model.new_cache(), text
+        read, cached = (unread, {"cache": cache}) if use_cache else (text, {})
+        logits, _ = model(read, **cached, **context)  # (B, T, V)
         drawn = sample_next(
             logits[:, -1], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
         )
         if len(stop):
-            drawn = torch.where(done, context[:, -1], drawn)
+            drawn = torch.where(done, text[:, -1], drawn)
             done |= torch.isin(drawn, stop)
         yield drawn
         if len(stop) and done.all():
             return
         unread = drawn[:, None]
-        context = torch.cat((context, unread), dim=1)
+        text = torch.cat((text, unread), dim=1)
 
 
 def check_generation_options(
@@ -116,6 +126,50 @@ def check_generation_options(
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
+
+
+@torch.no_grad()
+def beam_search(
+    model: torch.nn.Module,
+    ids: Tensor,
+    *,
+    num_beams: int,
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    stop_ids: Iterable[int] = (),
+    **context: Tensor,
+) -> Tensor:
+    """The best continuation that is found of one prompt: ids (1, T) -> (length,).
+
+    Of all continuations by one token of the num_beams likeliest texts so far, the likeliest go on
+    (Sutskever et al. 2014, section 3.2). One that ends, by one of stop_ids or after max_new_tokens
+    tokens, scores its log probability / length ** length_penalty. The search ends when the best
+    text that goes on would score no better, if it ended now, than the num_beams best that have
+    ended: that is transformers' rule. context: as in generate.
+    """
+    stop = torch.tensor(list(stop_ids), device=ids.device)
+    texts, unread = ids.new_empty(num_beams, 0), ids.expand(num_beams, -1)
+    cache, ended = model.new_cache(ids.shape[1] + max_new_tokens), []
+    sums = torch.full((num_beams,), -math.inf, device=ids.device)  # log probabilities of the texts
+    sums[0] = 0.0  # they all begin alike: one is enough
+    for length in range(1, max_new_tokens + 1):
+        alike = {name: x.expand(len(unread), *x.shape[1:]) for name, x in context.items()}
+        logits, _ = model(unread, cache=cache, **alike)
+        totals = sums[:, None] + logits[:, -1].float().log_softmax(dim=-1)  # (num_beams, V)
+        best = totals.flatten().topk(min(totals.numel(), num_beams * max(2, 1 + len(stop))))
+        beams, tokens = best.indices // totals.shape[1], best.indices % totals.shape[1]
+        longer = torch.cat((texts[beams], tokens[:, None]), dim=1)
+        ends = torch.isin(tokens, stop) | (length == max_new_tokens)
+        scores = (best.values / length**length_penalty).tolist()
+        ended += [(scores[i], longer[i]) for i in range(num_beams) if ends[i]]
+        ended = sorted(ended, key=lambda pair: pair[0], reverse=True)[:num_beams]
+        on = (~ends).nonzero()[:num_beams, 0]
+        if not len(on) or (len(ended) == num_beams and scores[on[0]] <= ended[-1][0]):
+            break
+        sums, texts, unread = best.values[on], longer[on], tokens[on, None]
+        for layer in cache:
+            layer.take(beams[on])
+    return ended[0][1] if ended else texts[0]
 
 
 def rows_of(steps: Iterable[Tensor], n: int) -> list[Iterator[int]]:

@@ -107,7 +107,7 @@ def test_the_model_knows_nothing_of_files_devices_and_optimizers():
     assert GRAPH["loss"] == set()
     assert GRAPH["layers"] == {"attention"}
     assert GRAPH["model"] == {"attention", "layers", "loss"}
-    assert GRAPH["sampling"] == set()
+    assert GRAPH["sampling"] == {"attention"}
 
 
 @pytest.mark.parametrize("module", [name for name in PATHS if room_of(name) != "book"])

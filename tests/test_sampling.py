@@ -1,6 +1,7 @@
 """Laws of sampling."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from reference import assert_close
 
 from nanolm.layers import POSITIONS, ModelConfig
 from nanolm.model import GPT
-from nanolm.sampling import generate, keep_top_k, keep_top_p, sample_next, until
+from nanolm.sampling import beam_search, generate, keep_top_k, keep_top_p, sample_next, until
 
 VOCAB = 13
 # No two logits so close that rounding decides which is larger.
@@ -23,8 +24,8 @@ logit_rows = st.lists(
 
 def tiny_model(seed: int = 0, **keys) -> GPT:
     """A model with weights far from zero, so that its guesses are far from even."""
-    keys = {"position": "learned", "block_size": 8, **keys}
-    config = ModelConfig(vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=20, **keys)
+    keys = {"position": "learned", "block_size": 8, "vocab_size": VOCAB, **keys}
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=20, **keys)
     torch.manual_seed(seed)
     model = GPT(config).eval()
     with torch.no_grad():
@@ -165,6 +166,47 @@ def test_a_row_repeats_its_stop_token_and_the_stream_ends_when_all_rows_have_sto
     assert len(tokens[0]) == max(firsts) + 1 < 500
     for row, first in zip(tokens, firsts, strict=True):
         assert set(row[first:]) == {row[first]}
+
+
+# ------------------------------------------------------------------------------------------
+# Beams
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5))
+@settings(max_examples=20)
+def test_one_beam_goes_the_way_of_the_likeliest_tokens(seed, prompt):
+    model, prompt, stop = tiny_model(seed, block_size=16), torch.tensor([prompt]), [1, 2]
+    options = {"max_new_tokens": 6, "stop_ids": stop}
+    found = beam_search(model, prompt, num_beams=1, **options).tolist()
+    (greedy,) = run(model, prompt, 6, temperature=0.0).tolist()
+    ends = [i for i, token in enumerate(greedy) if token in stop]
+    assert found == greedy[: ends[0] + 1 if ends else None]
+    assert not len(beam_search(model, prompt, num_beams=3, max_new_tokens=0))
+
+
+def log_probability(model: GPT, prompt: list[int], text: tuple[int, ...]) -> float:
+    """Of a text after a prompt, without a cache."""
+    logits = model(torch.tensor([[*prompt, *text]]))[0][0].log_softmax(dim=-1)
+    return sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(text))
+
+
+@given(st.integers(0, 10**6), st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]))
+@settings(max_examples=10)
+@torch.no_grad()
+def test_enough_beams_find_the_best_of_all_texts(seed, length_penalty):
+    """Looked for one by one: each text that a stop token ends, or the limit."""
+    model, prompt, stop, limit = tiny_model(seed, vocab_size=5).double(), [3], 2, 4
+    tokens, texts = set(range(5)) - {stop}, []
+    for length in range(1, limit + 1):
+        texts += [(*text, stop) for text in product(tokens, repeat=length - 1)]
+    texts += product(tokens, repeat=limit)
+
+    def score(text: tuple[int, ...]) -> float:
+        return log_probability(model, prompt, text) / len(text) ** length_penalty
+
+    options = {"num_beams": len(texts), "max_new_tokens": limit, "length_penalty": length_penalty}
+    found = beam_search(model, torch.tensor([prompt]), stop_ids=[stop], **options)
+    assert score(tuple(found.tolist())) == pytest.approx(max(map(score, texts)), rel=1e-5)
 
 
 def test_no_gradient_is_kept():
