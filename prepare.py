@@ -22,11 +22,12 @@ class PrepareConfig:
 
     name: str  # the dataset: a folder in data/
     input: tuple[str, ...] = ()  # text or .jsonl files, folders of them, - (stdin), hf:NAME
-    task: str | None = None  # causal (also for masked) | classification | tagging; None: its own
-    val_input: tuple[str, ...] = ()  # labelled texts for validation; none: a share of the others
+    task: str | None = None  # causal (also for masked) | classification | tagging | completion
+    val_input: tuple[str, ...] = ()  # labels, answers: files for validation; none: some of input
     label_key: str = "label"  # what holds the label of a text
+    pair_keys: tuple[str, ...] = ()  # what a row calls a prompt and its answer, if unusual
     text_key: str = "text"  # what holds the document in a line of .jsonl, or a row of hf:NAME
-    tokenizer: str | None = None  # char | bpe:N | gpt2 | PATH | OWNER/NAME; None: its own, or char
+    tokenizer: str | None = None  # char | bpe:N | gpt2 | PATH | OWNER/NAME; None: char or bpe:2048
     tokenizer_bytes: int = TOKENIZER_BYTES  # bpe:N learns from so much text, at most
     val_fraction: float = 0.1  # share of the text, at its end, that is kept for validation
     overwrite: bool = False  # replace a dataset of this name that was made from something else
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> None:
             val_inputs=config.val_input,
             text_key=config.text_key,
             label_key=config.label_key,
+            pair_keys=config.pair_keys,
             tokenizer=config.tokenizer,
             tokenizer_bytes=config.tokenizer_bytes,
             val_fraction=config.val_fraction,
@@ -55,8 +57,9 @@ def main(arguments: list[str]) -> None:
     print(f"tokenizer: {meta['tokenizer']}, {meta['vocab_size']:,} ids")
     for split in ("train", "val"):
         tokens, size = meta[split]["tokens"], meta[split]["bytes"]
+        n = f"{meta[split]['examples']:,} examples, " if "examples" in meta[split] else ""
         start = meta[split]["sha256"][:16]
-        print(f"{split:9}: {tokens:,} tokens, {size:,} bytes of text, sha256 {start}...")
+        print(f"{split:9}: {n}{tokens:,} tokens, {size:,} bytes of text, sha256 {start}...")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ TASKS = {
     "masked": ["--task=masked", "--dataset=words"],
     "classification": ["--task=classification", "--dataset=kinds", "--causal=false"],
     "tagging": ["--task=tagging", "--dataset=tags"],
+    "completion": ["--task=completion", "--dataset=pairs", "--eval_answers=2"],
+    "seq2seq": ["--task=seq2seq", "--dataset=pairs", "--eval_answers=2", "--n_encoder_layer=1"],
 }
 
 # More threads only wait for each other on models this small, here and in child processes.
@@ -120,11 +122,12 @@ PREPARED = {
     "words": ["--input", "text.txt", "--tokenizer=bpe:280"],
     "kinds": ["--task=classification", "--input", "kinds.csv", "--tokenizer=bpe:270"],
     "tags": ["--task=tagging", "--input", "tags.conll", "--tokenizer=bpe:270"],
+    "pairs": ["--task=completion", "--input", "pairs.tsv", "--tokenizer=bpe:270"],
 }
 
 
-def write_labelled_texts() -> None:
-    """kinds.csv, texts of two kinds, and tags.conll, sentences with names in them."""
+def write_texts_of_tasks() -> None:
+    """kinds.csv, texts of two kinds; tags.conll, sentences with names; pairs.tsv, sums."""
     animals = ("wolf", "fox", "owl")
     rows = [f"{i % 7} and {i} {animals[i % 3]}s,{'few' if i < 30 else 'many'}" for i in range(60)]
     Path("kinds.csv").write_text("\n".join(["text,label", *rows, ""]))
@@ -132,6 +135,8 @@ def write_labelled_texts() -> None:
         f"the O\n{animals[i % 3]} O\nMary B-PER\n{'Fox I-PER' * (i % 2)}\n" for i in range(60)
     )
     Path("tags.conll").write_text("\n".join(words))
+    sums = (f"{i % 5}+{i // 5}\t{i % 5 + i // 5}" for i in range(40))
+    Path("pairs.tsv").write_text("\n".join(sums))
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +151,7 @@ def trained_place(tmp_path_factory, tiny_text) -> Path:
         patch.chdir(place)
         assert run_here("prepare", "tiny", "--input", "text.txt") == 0, said.getvalue()
         assert run_here("train", *TINY, "--out_dir=out/tiny") == 0, said.getvalue()
-        write_labelled_texts()
+        write_texts_of_tasks()
         for name, keys in PREPARED.items():
             assert run_here("prepare", name, *keys) == 0, said.getvalue()
     return place

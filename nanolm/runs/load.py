@@ -6,26 +6,38 @@ writes it in Hugging Face's format.
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from nanolm.hub.models import CONFIG, PARTS, WEIGHTS, export_model, load_pretrained
 from nanolm.hub.names import find_folder
 from nanolm.hub.tokenizers import FILES
-from nanolm.layers import require_choice
+from nanolm.layers import ModelConfig, require_choice
 from nanolm.model import Transformer, build_model
 from nanolm.runs import checkpoint
 from nanolm.runs.folder import holds_a_run
-from nanolm.runs.settings import model_config_of
+from nanolm.runs.settings import TrainConfig, model_config_of
 from nanolm.system.config import load_config
 from nanolm.system.script import run_script
+from nanolm.tasks.table import make_task, task_of
+from nanolm.text.conversations import can_chat
 from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 
-def load_model(name: str | Path) -> tuple[Transformer, Tokenizer, str]:
-    """A trained model, its tokenizer, and where they come from, in words.
+class Trained(NamedTuple):
+    """A trained model, and what goes with it."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    origin: str  # where they come from, in words
+    task: Any  # what the model is for (see tasks/)
+
+
+def load_model(name: str | Path) -> Trained:
+    """A trained model, its tokenizer and its task.
 
     name: the folder of a run or of a pretrained model, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
     OWNER/NAME on the Hugging Face hub. Raises ValueError or FileNotFoundError where there is none,
@@ -35,14 +47,23 @@ def load_model(name: str | Path) -> tuple[Transformer, Tokenizer, str]:
     folder = find_folder(str(name), patterns)
     if holds_a_run(folder):
         model, tokenizer, content = load_trained(folder)
-        return model, tokenizer, f"{name}, step {content['step']}"
+        keys = {key: content["config"][key] for key in CONFIG_KEYS if key in content["config"]}
+        config = TrainConfig(**keys | asdict(model.config))
+        origin = f"{name}, step {content['step']}"
+        return Trained(model, tokenizer, origin, make_task(config, tokenizer))
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(
             f"{name} holds no model: neither a run's checkpoints (train one with train.py) nor "
             f"the {CONFIG} of a pretrained one"
         )
     model, tokenizer = load_pretrained(folder)
-    return model, tokenizer, str(name)
+    return Trained(model, tokenizer, str(name), usual_task(model.config, tokenizer))
+
+
+def usual_task(shape: ModelConfig, tokenizer: Tokenizer) -> Any:
+    """The task that a model is for, where its shape alone says it."""
+    keys = {"task": task_of(shape), "chat": can_chat(tokenizer)}
+    return make_task(TrainConfig(**asdict(shape), **keys), tokenizer)
 
 
 def load_trained(folder: Path) -> tuple[Transformer, Tokenizer, dict]:
@@ -87,13 +108,14 @@ class ExportConfig:
         require_choice("command", self.command, ("export",))
 
 
+CONFIG_KEYS = tuple(field.name for field in fields(TrainConfig))
 WORDS = tuple(field.name for field in fields(ExportConfig))
 
 
 def main(arguments: list[str]) -> None:
     """Do what the command says."""
     config = load_config(ExportConfig, arguments, positional=WORDS)
-    model, tokenizer, origin = load_model(config.out_dir)
+    model, tokenizer, origin, _ = load_model(config.out_dir)
     architecture = export_model(model, tokenizer, config.folder)
     print(f"{origin}: written to {config.folder} as {architecture}")
 

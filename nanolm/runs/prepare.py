@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nanolm.hub.names import is_hub_name
 from nanolm.hub.tokenizers import find_tokenizer
+from nanolm.text.conversations import check_alike, read_exchanges
 from nanolm.text.corpus import Corpus, find_corpus
 from nanolm.text.data import (
     KINDS,
@@ -42,6 +43,7 @@ def prepare(
     val_inputs: tuple[str, ...] = (),
     text_key: str = "text",
     label_key: str = "label",
+    pair_keys: tuple[str, ...] = (),
     tokenizer: str | None = None,
     tokenizer_bytes: int = TOKENIZER_BYTES,
     val_fraction: float = 0.1,
@@ -49,10 +51,11 @@ def prepare(
 ) -> Path:
     """Make the dataset data/<name> from the inputs, or a known one from its own.
 
-    inputs: see find_corpus; of a task with labels, read_records, and val_inputs are those of the
-    validation split. tokenizer: see make_tokenizer. Returns the folder; where it was made like
-    this before, it is left as it is. Raises ValueError or FileNotFoundError, and leaves what was
-    there, on bad input, and where another dataset has the name, unless overwrite.
+    inputs: see find_corpus; of a task with labels, read_records, and of one with answers,
+    read_exchanges; val_inputs are then those of the validation split. tokenizer: see
+    make_tokenizer. Returns the folder; where it was made like this before, it is left as it is.
+    Raises ValueError or FileNotFoundError, and leaves what was there, on bad input, and where
+    another dataset has the name, unless overwrite.
     """
     folder, known = dataset_folder(name), KNOWN_DATASETS.get(name)
     task = task or (known.task if known else TASK)
@@ -66,13 +69,21 @@ def prepare(
         corpus = known.texts(folder) if known else find_corpus(inputs, text_key=text_key)
         keys, write = {"text_key": text_key}, partial(write_dataset, val_fraction=val_fraction)
     else:
-        options = {"words": task == "tagging", "label_key": label_key}
-        records = known.texts(folder) if known else read_records(inputs, **options)
-        others = read_records(val_inputs, **options) if val_inputs else None
-        label_names(records, others or ())  # what is wrong with them shows before the long work
+        if task == "completion":
+            read = partial(read_exchanges, keys=pair_keys)
+        else:
+            read = partial(read_records, words=task == "tagging", label_key=label_key)
+        records = known.texts(folder, *map(Path, inputs)) if known else read(inputs)
+        others = read(val_inputs) if val_inputs else None
+        if task == "completion" and others:
+            check_alike([records[0], others[0]])
+        if task != "completion":
+            label_names(records, others or ())  # what is wrong shows before the long work
         splits = (records, others) if others else split_records(records, val_fraction)
-        corpus = corpus_of_records(splits[0], inputs or [name])
+        between = "\n" if task == "completion" else " "
+        corpus = corpus_of_records(splits[0], inputs or [name], between=between)
         keys = {"task": task, "val_input": " ".join(val_inputs), "label_key": label_key}
+        keys["pair_keys"] = " ".join(pair_keys)
         write = partial(write_labelled, task, *splits)
     made_with = {
         "input": " ".join(inputs) or corpus.source,
@@ -109,9 +120,9 @@ def write_labelled(
     TASKS[task].prepare(folder, train, val, tokenizer, source=corpus.source, made_with=made_with)
 
 
-def corpus_of_records(records: list[Record], inputs: tuple[str, ...]) -> Corpus:
-    """The texts of records, to learn a tokenizer from."""
-    texts = [" ".join(record.parts) for record in records]
+def corpus_of_records(records: list[Record], inputs: tuple[str, ...], *, between: str) -> Corpus:
+    """The texts of records, to learn a tokenizer from. between: what stands between parts."""
+    texts = [between.join(record.parts) for record in records]
     size = sum(len(text.encode()) for text in texts)
     return Corpus(", ".join(inputs), lambda: documents(texts), size)
 
@@ -131,13 +142,15 @@ def check_task(name: str, task: str, val_inputs: tuple[str, ...]) -> None:
         raise ValueError(f"task={task!r}: choose {' or '.join(kinds)}")
     if val_inputs and task == TASK:
         raise ValueError(
-            "--val_input gives labelled texts: choose --task=classification or --task=tagging"
+            "--val_input gives texts with labels or answers: choose --task=classification, "
+            "--task=tagging or --task=completion"
         )
 
 
 def check_inputs(name: str, inputs: tuple[str, ...]) -> None:
     """Raise ValueError where a known dataset is given other texts, or an unknown one none."""
-    if name in KNOWN_DATASETS and inputs:
+    known = KNOWN_DATASETS.get(name)
+    if known and inputs and not (known.takes_input and len(inputs) == 1):
         raise ValueError(
             f"{name!r} is a known dataset with a text of its own: give yours another name"
         )

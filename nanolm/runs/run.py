@@ -151,7 +151,7 @@ class Run:
         self.tokens = 0
         for i in range(step * n, (step + 1) * n):
             batch = self.task.batch(self.dataset, i)
-            self.tokens += int(batch["mask"].sum()) if "mask" in batch else batch["ids"].size
+            self.tokens += self.task.n_tokens(batch)
             yield batch
 
     def report(self, step: int, **numbers: float) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from nanolm.layers import ModelConfig, require_at_least, require_choice, require_fraction
 from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nanolm.runs.processes import BACKENDS
+from nanolm.tasks.scores import TEXT_SCORES
 from nanolm.tasks.table import TASKS
 
 
@@ -26,6 +27,7 @@ class TrainConfig(ModelConfig):
     overwrite: bool = False  # let scratch replace the run that is in out_dir
     eval_interval: int = 2000  # updates between evaluations
     eval_iters: int = 200  # batches per evaluation of a split; 0: all of val, as many of train
+    eval_answers: int = 100  # completion, seq2seq: texts that are answered at an evaluation
     eval_only: bool = False  # stop after the first evaluation
     log_interval: int = 1  # updates between lines on the console
     sample_tokens: int = 200  # length of the sample printed at each evaluation; 0: none
@@ -39,6 +41,9 @@ class TrainConfig(ModelConfig):
     dataset: str = "openwebtext"  # folder in data/
     batch_size: int = 12  # sequences per micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches per update
+    batch_tokens: int = 0  # seq2seq: a micro-batch has about so many, not batch_size examples
+    pack: bool = True  # completion: several short examples share a sequence
+    chat: bool = False  # completion, seq2seq: examples are conversations (set by the dataset)
     mask_fraction: float = 0.15  # masked: of the tokens, how many are hidden and guessed
     seed: int = 1337  # of weights, data order and dropout
     # optimizer
@@ -66,6 +71,7 @@ class TrainConfig(ModelConfig):
         require_at_least(self, 1, "eval_interval log_interval keep_checkpoints batch_size")
         require_at_least(self, 1, "gradient_accumulation_steps lr_decay_iters cooldown_iters")
         require_at_least(self, 0, "eval_iters sample_tokens seed max_iters warmup_iters")
+        require_at_least(self, 0, "eval_answers batch_tokens")
         require_at_least(self, 0, "weight_decay grad_clip min_lr")
         if not 0 < self.learning_rate <= 1e30:  # float32 holds no more
             raise ValueError(f"learning_rate={self.learning_rate}: must be above 0, at most 1e30")
@@ -75,6 +81,8 @@ class TrainConfig(ModelConfig):
             )
         require_fraction(self, "beta1 beta2 mask_fraction")
         require_choice("best_by", self.best_by, ("loss", *TASKS[self.task].best_by))
+        if self.best_by in TEXT_SCORES and not self.eval_answers:
+            raise ValueError(f"best_by={self.best_by!r}: needs eval_answers of at least 1")
         if self.pretrained and self.init_from not in ("auto", "resume"):
             raise ValueError(
                 f"pretrained={self.pretrained!r} goes with --init_from=auto, and init_from is "
@@ -89,7 +97,8 @@ class TrainConfig(ModelConfig):
 
     @property
     def tokens_per_update(self) -> int:
-        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+        tokens = self.batch_tokens or self.batch_size * self.block_size
+        return self.gradient_accumulation_steps * tokens
 
     def score_of(self, scores: dict[str, float]) -> float:
         """The number by which an evaluation is the best one: the lowest."""
@@ -117,7 +126,7 @@ class TrainConfig(ModelConfig):
 
 MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 # What two models must share to share their weights.
-SHAPE_KEYS = tuple(key for key in MODEL_KEYS if key != "dropout")
+SHAPE_KEYS = tuple(key for key in MODEL_KEYS if key not in ("dropout", "label_smoothing"))
 HEAD_KEYS = ("head", "labels")  # those of its shape that another task changes
 DERIVED_KEYS = ("n_hidden", "head_size", "n_kv_head")  # from n_embd and n_head, unless given
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from nanolm.hub.families import tied
 from nanolm.hub.names import is_hub_name
 from nanolm.model import Transformer, flops_per_token
 from nanolm.optim import OPTIMIZERS, parameter_groups
@@ -37,8 +38,8 @@ from nanolm.text.data import Dataset
 from nanolm.text.tokenizer import (
     TOKENIZER_FILE,
     Tokenizer,
+    extends,
     load_tokenizer,
-    same_but_for_the_mask,
 )
 from nanolm.training import TrainState, grad_scaler, warm_up_ddp
 
@@ -133,7 +134,20 @@ def fit_to_task(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dat
                 f"{key}={getattr(config, key)}: task={config.task!r} with {dataset.folder} asks "
                 f"for {value!r}; choose the dataset of this model, or leave this key out"
             )
-    return replace(config, **keys), dataset
+    config = replace(config, **keys)
+    check_kind(config, config.kind, "the config says")
+    return config, dataset
+
+
+def check_kind(config: TrainConfig, kind: str, whose: str) -> None:
+    """Raise ValueError where the task does not train such a model. whose: where it comes from."""
+    allowed = TASKS[config.task].kinds
+    if kind not in allowed:
+        keys = "causal=True or False, and n_encoder_layer, say which"
+        raise ValueError(
+            f"{whose} {kind}, and task={config.task!r} trains {' or '.join(allowed)}: "
+            f"{keys if whose.startswith('the config') else 'begin with another model'}"
+        )
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
@@ -188,14 +202,14 @@ def start_from_checkpoint(folder: Path, dataset: Dataset) -> Start:
 def start_from_weights(source: str, dataset: Dataset) -> Start:
     """Begin with the weights of a trained model: a run's, a folder's, or one of the hub.
 
-    It may know a mask that the dataset does not.
+    It may know a mask that the dataset does not, and the dataset tokens of conversations.
     """
     if not (source and Path(source).is_dir()) and not is_hub_name(source):
         raise ValueError(
             f"init_from={source!r}: choose scratch, resume, auto, the folder of a model, gpt2, "
             "bert-base-uncased, or OWNER/NAME on the Hugging Face hub"
         )
-    model, tokenizer, _ = load_model(source)
+    model, tokenizer, _, _ = load_model(source)
     check_tokenizer(tokenizer, dataset, source)
     content = {"model": model.state_dict(), "config": asdict(model.config)}
     return Start(source, checkpoint=content, tokenizer=tokenizer)
@@ -203,7 +217,7 @@ def start_from_weights(source: str, dataset: Dataset) -> Start:
 
 def check_tokenizer(tokenizer: Tokenizer, dataset: Dataset, name: str | Path) -> None:
     """Raise ValueError where the model was trained on other ids than the dataset's."""
-    if not same_but_for_the_mask(tokenizer, dataset.tokenizer):
+    if not (extends(tokenizer, dataset.tokenizer) or extends(dataset.tokenizer, tokenizer)):
         raise ValueError(
             f"{name} was trained with another tokenizer than that of {dataset.folder}: choose the "
             f"--dataset it knows, or prepare the text for it: prepare.py NAME --tokenizer={name}"
@@ -219,8 +233,10 @@ def make_ready(config: TrainConfig, dataset: Dataset, world: World, start: Start
     hardware = broadcast(world, find_hardware)  # one choice for all, also on unlike machines
     with all_or_none(world):
         config = fit_to_start(config, start)
-        dataset = replace(dataset, tokenizer=start.tokenizer or dataset.tokenizer)
-        task = make_task(config)
+        known = [dataset.tokenizer, *([start.tokenizer] if start.tokenizer else [])]
+        largest = max(reversed(known), key=lambda tokenizer: tokenizer.vocab_size)
+        dataset = replace(dataset, tokenizer=largest)
+        task = make_task(config, largest)
         torch.manual_seed(config.seed)
         model = task.model(config.model_config())
         engine = own_gpu(world, run_engine(config, model, hardware, start))
@@ -263,7 +279,7 @@ def fit_to_start(config: TrainConfig, start: Start) -> TrainConfig:
         )
     for key in sorted(changed - {"init_from", "pretrained", "overwrite", "eval_only", "out_dir"}):
         print(f"changed   {key}: {old[key]!r} before, {new[key]!r} now")
-    if changed & {"dataset", "eval_iters", "batch_size", "mask_fraction"}:
+    if changed & {"dataset", "eval_iters", "batch_size", "mask_fraction", "batch_tokens", "pack"}:
         print("warning   losses of other batches: those before and after do not compare")
     # init_from stays, for it says where the shape came from
     return replace(config, init_from=origin, pretrained=None)
@@ -272,15 +288,11 @@ def fit_to_start(config: TrainConfig, start: Start) -> TrainConfig:
 def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:
     """The config with the shape of the model whose weights it starts from.
 
-    Only its context may be shorter, and its head another.
+    Only its context may be shorter, its vocabulary larger, and its head another.
     """
-    shape, causal = asdict(model_config_of(old)), TASKS[config.task].trains_causal
-    if causal not in (None, shape["causal"]):
-        kinds = {True: "a decoder", False: "an encoder"}
-        raise ValueError(
-            f"{source} is {kinds[not causal]}, and task={config.task!r} trains {kinds[causal]}: "
-            "begin with another model, or with --init_from=scratch"
-        )
+    before = model_config_of(old)
+    shape = asdict(before)
+    check_kind(config, before.kind, f"{source} is")
     keys = set(SHAPE_KEYS).difference(HEAD_KEYS)
     taken = {
         key: shape[key] for key in shape if key in keys and shape[key] != getattr(config, key)
@@ -288,6 +300,8 @@ def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:
     if config.block_size < shape["block_size"]:
         del taken["block_size"]
         print(f"block     cut to {config.block_size} tokens, of {shape['block_size']}")
+    if config.vocab_size > shape["vocab_size"]:
+        del taken["vocab_size"]
     if taken:
         print(f"shape     of {source}: {', '.join(f'{k}={v!r}' for k, v in taken.items())}")
     return replace(config, **taken)
@@ -296,15 +310,21 @@ def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:
 def load_weights(into: Transformer, *, model: dict[str, torch.Tensor], config: dict) -> None:
     """Load another model's weights: no more positions than fit, and no head of another kind.
 
-    model, config: its weights and the keys of its shape.
+    model, config: its weights and the keys of its shape. Tokens that it does not know keep their
+    fresh embeddings.
     """
     own, shape = into.state_dict(), into.config
     weights = {name: model[name][: len(own[name])] for name in own if name in model}
+    if n := shape.vocab_size - config["vocab_size"]:
+        print(f"tokens    {n} fresh embeddings: the model did not know them")
+        tables = {"tokens.weight", "encoder.tokens.weight", "head.weight", "head.bias"}
+        for name in tables & weights.keys():
+            rows = own[name][len(weights[name]) :].cpu()
+            weights[name] = torch.cat((weights[name], rows))
     if any(config[key] != getattr(shape, key) for key in HEAD_KEYS):
         print(f"head      fresh: {len(shape.labels) or 'tokens and no'} labels")
         weights |= {name: own[name] for name in own if name.startswith(("head.", "transform."))}
-    if shape.head == "tokens" and shape.tie_embeddings:
-        weights["head.weight"] = weights["tokens.weight"]
+    weights |= dict.fromkeys(tied(shape), weights["tokens.weight"])
     into.load_state_dict(weights)
 
 
@@ -321,7 +341,8 @@ def run_engine(
             return replace(choose_engine(hardware, **kept), reasons=("as the run began",) * 3)
     updates = 0 if config.eval_only else config.max_iters
     flops = flops_per_token(model) * config.tokens_per_update * updates
-    return choose_engine(hardware, **asked, flops=flops)
+    many_shapes = config.n_encoder_layer > 0  # sources and answers differ in length
+    return choose_engine(hardware, **asked, flops=flops, many_shapes=many_shapes)
 
 
 def build_state(config: TrainConfig, model: Transformer, engine: Engine) -> TrainState:

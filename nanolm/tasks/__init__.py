@@ -10,6 +10,7 @@ A task is a small frozen dataclass of the keys that it needs, and says:
     model              which of the book's models a config asks for
     tally, score       counts that add up over batches and processes; what they mean, loss first
     matrix             which label is taken for which, in these counts, for a picture; or None
+    n_tokens           how many tokens a batch holds, without padding
     baselines          scores of models that have learned nothing
     facts, amount      what a person should know of the data, and what so many batches are
     answer             what sample.py shows

@@ -34,15 +34,18 @@ class CausalTask:
     model = staticmethod(build_model)
     tally = staticmethod(loss_counts)
     continues: ClassVar[bool] = True  # whether an answer goes on with the text that it is given
+    usual_samples: ClassVar[int] = 10  # answers, where nobody says how many
+    usual_temperature: ClassVar[float] = 0.8  # and at which temperature they are drawn
     reads: ClassVar[str] = "causal"  # the task that its datasets are prepared for
-    trains_causal: ClassVar[bool | None] = True  # decoders, and no encoders; None: both
+    kinds: ClassVar[tuple[str, ...]] = ("a decoder",)  # of models that it trains
+    asks: ClassVar[str] = ""  # what sample.py has to be told
     best_by: ClassVar[tuple[str, ...]] = ()  # scores by which a checkpoint may be the best
 
     @classmethod
     def fit(cls, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
         """The dataset as the task sees it, and the keys of the model that it asks for."""
-        vocab_size = dataset.tokenizer.vocab_size
-        return dataset, {"vocab_size": vocab_size, "causal": cls.trains_causal, "head": "tokens"}
+        keys = {"causal": cls.kinds == ("a decoder",), "head": "tokens"}
+        return dataset, keys | {"vocab_size": dataset.tokenizer.vocab_size}
 
     @property
     def shape(self) -> dict[str, int]:
@@ -75,6 +78,10 @@ class CausalTask:
         loss = mean_loss(counts)
         bits = bits_per_byte(loss, dataset.bytes_per_token)
         return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits}
+
+    def n_tokens(self, batch: Batch) -> int:
+        """How many tokens a batch holds."""
+        return batch["ids"].size
 
     def matrix(self, counts: Tensor) -> None:
         """The confusion matrix of few labels; here there is none."""

@@ -51,14 +51,13 @@ class ClassificationTask(LabelledTask):
         """Matthews correlation."""
         return {"mcc": scores.matthews(self.matrix(counts))}
 
-    @classmethod
     def answer(
-        cls, model: Transformer, tokenizer: Tokenizer, text: str, **options: object
+        self, model: Transformer, tokenizer: Tokenizer, text: str, **options: object
     ) -> list[Iterator[str]]:
         """The likeliest labels of a text; of two, with the token that ends a text between them."""
-        task, ids = cls.of(model.config), tokenizer.encode(text, allowed_special="all")
-        batch, lengths = task.inputs([framed(tokenizer, ids)], tokenizer)
-        p = task.probabilities(model, batch | task.places(lengths))[0]
+        ids = tokenizer.encode(text, allowed_special="all")
+        batch, lengths = self.inputs([framed(tokenizer, ids)], tokenizer)
+        p = self.probabilities(model, batch | self.places(lengths))[0]
         best = p.topk(min(SHOWN, len(p)))
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [iter(["  ".join(f"{task.labels[i]} {share:.1%}" for i, share in found)])]
+        return [iter(["  ".join(f"{self.labels[i]} {share:.1%}" for i, share in found)])]

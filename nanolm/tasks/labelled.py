@@ -6,9 +6,7 @@ Texts differ in length, so a batch is filled up to its longest text, and a mask 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,36 +16,28 @@ from torch import Tensor
 
 from nanolm.batches import Batch, check_ids, epoch_groups
 from nanolm.evaluation import mean_loss
-from nanolm.layers import ModelConfig
 from nanolm.loss import NO_TARGET, cross_entropy
-from nanolm.model import Transformer, build_model
+from nanolm.model import Transformer
 from nanolm.tasks import scores
-from nanolm.text.data import SPLITS, Dataset, new_dataset
-from nanolm.text.examples import DTYPE, Examples, label_names, packed
+from nanolm.tasks.examples import MULTIPLE, ExampleTask, write_examples
+from nanolm.text.data import SPLITS, Dataset
+from nanolm.text.examples import Examples, label_names
 from nanolm.text.records import Record
 from nanolm.text.tokenizer import Tokenizer
 
 SHOWN, SHOWN_TOKENS = 3, 24  # texts of the validation split that show what the model does
-MULTIPLE = 8  # of lengths of batches, for fewer shapes
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledTask:
+class LabelledTask(ExampleTask):
     """What classification and tagging share."""
 
-    vocab_size: int
-    block_size: int
-    batch_size: int
-    seed: int  # of the order of the examples
     causal: bool
     norm_first: bool
     n_types: int
     labels: tuple[str, ...] = ()
-    eval_iters: int = 0  # batches of an evaluation of a split; 0: all of val, as many of train
 
-    model = staticmethod(build_model)
-    trains_causal: ClassVar[bool | None] = None  # decoders and encoders
-    continues: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("a decoder", "an encoder")
 
     # --------------------------------------------------------------------------------------
     # Data
@@ -70,16 +60,8 @@ class LabelledTask:
         names = label_names(train, val)
         facts = {"task": cls.reads, "made_with": made_with, "source": source, "labels": names}
         facts["baselines"] = usual_scores(train, val, names, unit=cls.unit)
-        with new_dataset(folder, tokenizer, DTYPE, **facts) as (meta, *files):
-            for split, records, file in zip(SPLITS, (train, val), files, strict=True):
-                examples = [cls.encode(record, tokenizer, names) for record in records]
-                packed(examples).tofile(file)
-                meta[split] = {
-                    "examples": len(examples),
-                    "labels": sum(len(labels) for _, labels in examples),
-                    "tokens": sum(len(ids) for ids, _ in examples),
-                    "bytes": sum(len(part.encode()) for r in records for part in r.parts),
-                }
+        splits = [[cls.encode(r, tokenizer, names) for r in own] for own in (train, val)]
+        write_examples(folder, splits, (train, val), tokenizer, facts)
 
     @classmethod
     def fit(cls, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
@@ -88,31 +70,20 @@ class LabelledTask:
         keys = {"vocab_size": dataset.tokenizer.vocab_size, "head": cls.head, "labels": labels}
         return dataset, keys
 
-    def batch(self, dataset: Dataset, index: int) -> Batch:
-        """Micro-batch number index of a run: each example comes once in an epoch."""
-        epoch, number = divmod(index, self.batches_per_epoch(dataset))
-        groups = epoch_of(dataset.train, self.batch_size, self.seed, epoch)
-        return self.padded(dataset.train, groups[number], dataset.tokenizer)
+    def groups(self, examples: Examples, epoch: int) -> list[np.ndarray]:
+        """The batches of an epoch, as numbers of examples."""
+        options = {"batch_size": self.batch_size, "seed": self.seed, "epoch": epoch}
+        return epoch_groups(examples.lengths, **options)
 
-    def evaluation(self, dataset: Dataset, split: str) -> Iterator[Batch]:
-        """The batches on which a split is evaluated: each time the same."""
-        examples = getattr(dataset, split)
-        groups = epoch_of(examples, self.batch_size, self.seed, 0)
-        for numbers in islice(groups, self.evaluation_size(dataset)):
-            yield self.padded(examples, numbers, dataset.tokenizer)
-
-    def evaluation_size(self, dataset: Dataset) -> int:
-        """How many batches evaluation yields, at most."""
-        return self.eval_iters or math.ceil(len(dataset.val) / self.batch_size)
-
-    def batches_per_epoch(self, dataset: Dataset) -> int:
-        return math.ceil(len(dataset.train) / self.batch_size)
-
-    def padded(self, examples: Examples, numbers: np.ndarray, tokenizer: Tokenizer) -> Batch:
+    def gather(self, examples: Examples, group: Sequence[int]) -> Batch:
         """Those examples as one batch."""
-        rows, pairs = zip(*(examples[i] for i in numbers), strict=True)
-        batch, lengths = self.inputs(rows, tokenizer)
+        rows, pairs = zip(*(examples[i] for i in group), strict=True)
+        batch, lengths = self.inputs(rows, self.tokenizer)
         return batch | self.targets(pairs, lengths)
+
+    def n_tokens(self, batch: Batch) -> int:
+        """How many tokens a batch holds, without what fills up its rows."""
+        return int(batch["mask"].sum()) if "mask" in batch else batch["ids"].size
 
     def inputs(
         self, rows: Sequence[Sequence[int]], tokenizer: Tokenizer
@@ -132,12 +103,6 @@ class LabelledTask:
             ends = (ids == tokenizer.end_of_text) & (np.arange(T) < lengths[:, None] - 1)
             batch["types"] = np.minimum(ends.cumsum(axis=1) - ends, self.n_types - 1)
         return batch, lengths
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> "LabelledTask":
-        """The task that a model was trained for, for single texts."""
-        keys = {field.name: getattr(config, field.name, 1) for field in fields(cls)}
-        return cls(**keys)
 
     @staticmethod
     @torch.no_grad()
@@ -214,16 +179,12 @@ class LabelledTask:
         tokenizer, lines = dataset.tokenizer, []
         special = set(tokenizer.special_tokens.values())
         for i in range(min(SHOWN, len(dataset.val))):
-            ids = [i for i in dataset.val[i][0][:SHOWN_TOKENS].tolist() if i not in special]
+            whole = dataset.val[i][0].tolist()
+            ids = [i for i in whole[:SHOWN_TOKENS] if i not in special]
             [answer] = self.answer(model, tokenizer, tokenizer.decode(ids))
-            lines += [" ".join(tokenizer.decode(ids).split()), "".join(answer)]
+            text, rest = " ".join(tokenizer.decode(ids).split()), whole[SHOWN_TOKENS:]
+            lines += [text + " ..." * bool(rest), "".join(answer)]
         return "the model labels", iter(["\n".join(lines)])
-
-
-@lru_cache(maxsize=4)  # those of training and of evaluations
-def epoch_of(examples: Examples, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of an epoch, as numbers of examples."""
-    return epoch_groups(examples.lengths, batch_size=batch_size, seed=seed, epoch=epoch)
 
 
 def usual_scores(

@@ -34,8 +34,10 @@ class MaskedTask(CausalTask):
     mask_fraction: float = 0.15  # of the tokens of a window: the chosen ones
 
     tally = staticmethod(accuracy_counts)
-    trains_causal = False
+    kinds = ("an encoder",)
     continues = False
+    asks = ' --start="A text with <|mask|> in it"'
+    usual_samples = 1
     best_by = ("accuracy",)
 
     @classmethod

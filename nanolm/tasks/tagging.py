@@ -63,18 +63,17 @@ class TaggingTask(LabelledTask):
         f1 = scores.precision_recall_f1(*counts[-3:].numpy())[2]
         return {"entity_f1": float(f1)} if self.has_names else {}
 
-    @classmethod
     def answer(
-        cls, model: Transformer, tokenizer: Tokenizer, text: str, **options: object
+        self, model: Transformer, tokenizer: Tokenizer, text: str, **options: object
     ) -> list[Iterator[str]]:
         """The words of a text, a line each, with their labels."""
-        task, words = cls.of(model.config), text.split()
+        words = text.split()
         ids, places = word_places(words, tokenizer)
-        places = [place for place in places if place < task.block_size]
-        batch, _ = task.inputs([ids], tokenizer)
-        p = task.probabilities(model, batch | {"places": np.array([places])})
+        places = [place for place in places if place < self.block_size]
+        batch, _ = self.inputs([ids], tokenizer)
+        p = self.probabilities(model, batch | {"places": np.array([places])})
         found = zip(words, p.argmax(dim=-1).tolist(), p.amax(dim=-1).tolist(), strict=False)
-        return [iter(["\n".join(f"{word}\t{task.labels[i]} {s:.1%}" for word, i, s in found)])]
+        return [iter(["\n".join(f"{word}\t{self.labels[i]} {s:.1%}" for word, i, s in found)])]
 
 
 def word_places(words: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

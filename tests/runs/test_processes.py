@@ -427,7 +427,7 @@ def train_on_another_text(*arguments: str) -> None:
 def train_without_memory(*arguments: str) -> None:
     """train.py, which cannot build its model in the second process."""
 
-    def fail(config):
+    def fail(config, tokenizer):
         raise ValueError("the model\ndoes not fit")
 
     if os.environ["RANK"] == "1":

@@ -539,6 +539,6 @@ def test_the_best_may_be_chosen_by_another_score(tiny_run):
 def test_what_fills_up_a_batch_is_not_counted_as_work(tiny_run):
     config = load_config(TrainConfig, [*TINY, *TASKS["classification"], "--batch_size=5"])
     config, dataset = fit_to_task(config, find_dataset(config.dataset))
-    run = Run(config, Path(), dataset, make_task(config), None, None, None)
+    run = Run(config, Path(), dataset, make_task(config, dataset.tokenizer), None, None, None)
     [batch] = run.micro_batches(3)
     assert run.tokens == batch["mask"].sum() < batch["mask"].size

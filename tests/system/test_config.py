@@ -562,7 +562,7 @@ def class_of(script):
 
 def test_help_lists_the_choices_from_the_tables_that_the_code_uses(monkeypatch):
     monkeypatch.setitem(MLPS, "brand-new", MLPS["gelu"])
-    listed = r"--mlp .*: gelu \| gelu_erf \| swiglu \| relu2 \| brand-new \["
+    listed = r"--mlp .*: gelu \| gelu_erf \| swiglu \| relu \| relu2 \| silu \| brand-new \["
     assert re.search(listed, help_text(TrainConfig))
     for key, table in TrainConfig.choices().items():
         assert re.search(rf"--{key} .*: {re.escape(' | '.join(table))} \[", help_text(TrainConfig))

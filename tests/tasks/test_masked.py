@@ -16,7 +16,7 @@ from nanolm.loss import NO_TARGET
 from nanolm.tasks.causal import CausalTask
 from nanolm.tasks.masked import MaskedTask
 from nanolm.text.data import Dataset
-from nanolm.text.tokenizer import BPETokenizer, CharTokenizer, mask_of, same_but_for_the_mask
+from nanolm.text.tokenizer import BPETokenizer, CharTokenizer, extends, mask_of
 
 BARE = BPETokenizer.train(["the wolves met the foxes, and the foxes ran"] * 3, 270)
 MODEL = ModelConfig(vocab_size=271, block_size=16, n_layer=1, n_head=1, n_embd=4, causal=False)
@@ -133,15 +133,16 @@ def test_the_mask_is_the_last_token_and_all_others_keep_their_ids():
     assert mask_of(BARE) is None
 
 
-def test_tokenizers_are_told_apart_but_for_the_mask():
+def test_a_tokenizer_extends_another_by_special_tokens_alone():
     masked, chars = dataset_of(9).tokenizer, CharTokenizer("abc")
-    assert same_but_for_the_mask(BARE, BARE)
-    assert same_but_for_the_mask(masked, BARE)
-    assert same_but_for_the_mask(BARE, masked)
+    assert extends(BARE, BARE)
+    assert extends(masked, BARE)
+    assert not extends(BARE, masked)
     other = BPETokenizer.train(["something else, something more"] * 3, 270)
     for one in (BARE, masked, chars):
-        assert not same_but_for_the_mask(other, one)
-    assert not same_but_for_the_mask(masked, chars)
+        assert not extends(other, one)
+        assert not extends(one, other)
+    assert not extends(masked, chars)
 
 
 def test_characters_have_no_mask():
