@@ -20,6 +20,16 @@ RESUME = ("train", *TINY, "--out_dir=out/tiny", "--init_from=resume", "--max_ite
 SAMPLE = ("sample", "--out_dir=out/tiny", "--device=cpu", "--dtype=float32", "--num_samples=1")
 
 
+LINES = ("--input=text.txt",)
+BY_BLEU = ("--task=completion", "--best_by=bleu")
+MIXED = ("prepare", "new", "--task=completion", "--input", "a.jsonl", "--val_input", "b.jsonl")
+
+
+def pairs_and_chats() -> None:
+    write("a.jsonl", '{"prompt": "p", "completion": "a"}\n')()
+    write("b.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n')()
+
+
 def nothing() -> None:
     """The place is as the fixture tiny_run leaves it: text.txt, data/tiny, out/tiny."""
 
@@ -209,12 +219,15 @@ ROWS = [
     row("labels", kinds(*(f"a,{i}" for i in range(5000))), KINDS, "5,000 labels", "1,000"),
     row("no words", kinds(" ,x"), KINDS, "kinds.csv, line 2", "a text is needed"),
     row("unseen label", write("b.csv", "text,label\na,x\n"), VAL, "b.csv, line 2", "label 'x'"),
-    row("few texts", kinds("a,x", "b,y"), KINDS, "2 labelled texts are too few", "--val_input"),
+    row("few texts", kinds("a,x", "b,y"), KINDS, "2 examples are too few", "--val_input"),
     row("no labels", nothing, ("prepare", "new", "--task=tagging"), "'new'", "--input"),
     row("task", some_text, prepare_text("--task=x"), "task='x'", "classification"),
     row("known task", nothing, ("prepare", "pydocs", "--task=tagging"), "choose causal"),
     row("text for a task", nothing, train("--task=tagging"), "prepared for 'causal'", "--dataset"),
     row("score", nothing, train("--best_by=f1"), "best_by='f1'", "loss"),
+    row("mixed", pairs_and_chats, MIXED, "b.jsonl, line 1", "do not mix", "a.jsonl, line 1"),
+    row("no answers", nothing, train(*BY_BLEU, "--eval_answers=0"), "'bleu'", "at least 1"),
+    row("start_id", nothing, train("--n_encoder_layer=1", "--start_id=99"), "start_id=99"),
     row("no mask", nothing, train("--task=masked"), "<|mask|>", "--tokenizer=bpe"),
     row("other text", some_text, OVER_TINY, "text.txt there and new.txt here", "--overwrite=true"),
     row("worse text", write("new.txt"), (*OVER_TINY, "--overwrite=true"), "empty text"),
@@ -274,6 +287,15 @@ ROWS = [
     row("top_k", nothing, (*SAMPLE, "--top_k=-3"), "top_k=-3", "at least 1"),
     row("num_samples", nothing, (*SAMPLE, "--num_samples=0"), "num_samples=0", "at least 1"),
     row("length", nothing, (*SAMPLE, "--max_new_tokens=-1"), "max_new_tokens=-1", "at least 0"),
+    row("beams", nothing, (*SAMPLE, "--num_beams=2"), "num_beams=2", "out/tiny"),
+    row("drawn beams", nothing, (*SAMPLE, "--num_beams=2", "--temperature=1"), "leave out"),
+    row("many beams", nothing, (*SAMPLE, "--num_beams=2000"), "num_beams=2000", "1 to 1000"),
+    row("penalty", nothing, (*SAMPLE, "--length_penalty=1e9"), "length_penalty=1", "-10 to 10"),
+    row("no lines", nothing, (*SAMPLE, "--input=a.txt"), "input='a.txt'", "no such file"),
+    row("no place", nothing, (*SAMPLE, *LINES, "--output=a/b"), "output='a/b'", "no such folder"),
+    row("same file", nothing, (*SAMPLE, *LINES, "--output=text.txt"), "'text.txt'", "the input"),
+    row("output alone", nothing, (*SAMPLE, "--output=a"), "output='a'", "--input"),
+    row("start and chat", nothing, (*SAMPLE, "--start=a", "--chat"), "give one"),
     row("sample device", nothing, (*SAMPLE, "--device=tpu"), "device='tpu'", "cpu, cuda"),
     row("sample key", nothing, (*SAMPLE, "--temprature=1"), "'temprature'", "temperature"),
 ]
