@@ -40,18 +40,24 @@ def draw_config(name: str, head: str) -> ModelConfig:
     sizes = {"head_size": random.choice([16, 32]), "n_kv_head": n_kv_head}
     if "head_size" not in family.keys:
         sizes = {}
-    tied = {"tie_embeddings": random.choice([False, True])}
+    free = {
+        "tie_embeddings": random.choice([False, True]),
+        "norm_eps": random.choice([1e-6, 1e-5, 1e-2]),
+        "bias": name != "qwen3" and random.choice([False, True]),
+    }
+    if "n_encoder_layer" in family.keys:
+        free |= {"n_encoder_layer": random.choice([1, 2]), "start_id": 0, "bias": True}
+        free |= {"scale_embeddings": random.choice([False, True])}
+        free |= {"mlp": random.choice(list(family.activations.values()))}
     return ModelConfig(
-        **(tied | family.shape | sizes | {"head": head, "labels": labels}),
+        **(free | family.shape | sizes | {"head": head, "labels": labels}),
         vocab_size=TOKENIZER.vocab_size,
         block_size=LONG[1],
         n_layer=random.choice([1, 2, 4]),
         n_head=n_head,
         n_embd=n_head * random.choice([16, 48]),
         n_hidden=random.choice([64, 200]),
-        norm_eps=random.choice([1e-6, 1e-5, 1e-2]),
         rope_theta=random.choice([1e4, 1e6]),
-        bias=name != "qwen3" and random.choice([False, True]),
     )
 
 
@@ -59,7 +65,8 @@ def draw_config(name: str, head: str) -> ModelConfig:
 def scramble(model: torch.nn.Module) -> None:
     """Move every weight, so that biases are not 0, and norms not 1."""
     for weight in model.parameters():
-        weight += 0.1 * torch.randn_like(weight)
+        if weight.requires_grad:  # not so tables of sinusoids
+            weight += 0.1 * torch.randn_like(weight)
 
 
 def read(config: ModelConfig, name: str, folder: Path) -> tuple[Transformer, torch.nn.Module]:
@@ -88,7 +95,13 @@ def difference(model: Transformer, theirs: torch.nn.Module, shape: tuple[int, in
     """max |a - b| / max(1, max |b|) of the logits, a being ours, of random tokens (B, T)."""
     (B, T), config = shape, model.config
     ids = torch.randint(TOKENIZER.vocab_size, shape)
-    if config.causal:
+    if config.n_encoder_layer:
+        source = torch.randint(TOKENIZER.vocab_size, shape)
+        mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1))
+        their_inputs = {"attention_mask": mask.long(), "decoder_input_ids": ids}
+        ours = model(ids, source=source, source_mask=mask)[0]
+        wanted = theirs(source, **their_inputs).logits
+    elif config.causal:
         ours, wanted = model(ids)[0], theirs(ids).logits
     else:
         lengths = torch.randint(1, T + 1, (B, 1))
@@ -108,6 +121,7 @@ def difference(model: Transformer, theirs: torch.nn.Module, shape: tuple[int, in
 def parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=at_least_1, default=50, help="in each direction")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=tuple(FAMILIES))
     parser.add_argument("--json", type=new_file, help="also write the results to this file")
     return parser
 
@@ -117,7 +131,7 @@ def main(words: list[str]) -> None:
     random.seed(0)
     torch.manual_seed(0)
     results = {}
-    kinds = [(name, head) for name, family in FAMILIES.items() for head in family.heads]
+    kinds = [(name, head) for name in options.families for head in FAMILIES[name].heads]
     for name, head in kinds:
         for way in (read, written):
             found = {SHORT: [], LONG: []}

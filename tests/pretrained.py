@@ -16,8 +16,8 @@ from nanolm.hub.families import FAMILIES, Family
 from nanolm.hub.models import CONFIG, WEIGHTS
 from nanolm.hub.tokenizers import write_tokenizer
 from nanolm.layers import ModelConfig
-from nanolm.model import Transformer
-from nanolm.sampling import generate
+from nanolm.model import EncoderDecoder, Transformer
+from nanolm.sampling import beam_search, generate
 from nanolm.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
 transformers.logging.disable_progress_bar()
@@ -27,6 +27,7 @@ TOKENIZERS = {"char": CHARACTERS, "bpe": BPETokenizer.train([TEXT], 263)}
 T = 31  # the shortest context: room for a prompt and 20 tokens
 SMALL = {"block_size": T, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 12, "n_hidden": 17}
 SMALL |= {"vocab_size": CHARACTERS.vocab_size, "head_size": 4}
+OF_PAIRS = {"n_encoder_layer": 1, "start_id": 2, "scale_embeddings": True, "mlp": "relu"}
 # A family and what its models end in, by a name of both.
 MODELS = {
     name if head == "tokens" else f"{name}-{head}": (name, head)
@@ -34,8 +35,10 @@ MODELS = {
     for head in family.heads
 }
 LABELS = ("b", "a", "c")
+PAIRS = [name for name, family in FAMILIES.items() if "n_encoder_layer" in family.keys]
 DECODERS = [name for name, family in FAMILIES.items() if family.shape["causal"]]
-ENCODERS = [name for name in MODELS if name not in DECODERS]
+DECODERS = [name for name in DECODERS if name not in PAIRS]
+ENCODERS = [name for name in MODELS if name not in (*DECODERS, *PAIRS)]
 every_model = pytest.mark.parametrize("name", MODELS)
 every_decoder = pytest.mark.parametrize("name", DECODERS)
 
@@ -54,10 +57,12 @@ def shape_of(name: str) -> dict:
 def their_config(name: str, ours: dict = SMALL, **theirs) -> transformers.PreTrainedConfig:
     """A config of transformers, of our keys as far as the family has them, and some of its own."""
     (family, head), names = MODELS[name], family_of(name).keys
+    ours = ours | (OF_PAIRS if name in PAIRS else {})
     head = FAMILIES[family].heads[head]
     keys = {names[key]: value for key, value in ours.items() if key in names}
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     keys |= {"architectures": [head.architecture], **head.required}
+    keys |= {own: keys[other] for own, other in family_of(name).alike.items() if other in keys}
     if shape_of(name)["labels"]:
         keys |= {"id2label": dict(enumerate(LABELS))}
     return transformers.AutoConfig.for_model(family, **ends | keys | theirs)
@@ -73,6 +78,9 @@ def save_theirs(
     """Write a model of transformers with random weights, and a tokenizer beside it."""
     torch.manual_seed(seed)
     model = scramble(their_class(config)(config), seed, scale=scale)
+    for table in model.modules():
+        if hasattr(table, "create_weight"):  # of sinusoids: they are not trained
+            table.weight.data = table.create_weight()
     model.to(dtype).save_pretrained(folder, **options)
     write_tokenizer(CHARACTERS, folder, ModelConfig(block_size=T))
     return folder
@@ -109,6 +117,13 @@ def assert_same_logits(
 ) -> None:
     """Those of random tokens are those of transformers; an encoder's rows are padded, of pairs."""
     ids = random_tokens(ours.config, 5, batch=3, length=length)
+    if ours.config.n_encoder_layer:
+        answers = random_tokens(ours.config, 6, batch=3, length=length - 2)
+        mask = torch.arange(length) < torch.tensor([[length], [length - 3], [5]])
+        found = ours(answers, source=ids, source_mask=mask)[0]
+        options = {"attention_mask": mask.long(), "decoder_input_ids": answers}
+        assert_close(found, theirs(ids, **options).logits, tolerance)
+        return
     if ours.config.causal:
         assert_close(ours(ids)[0], theirs(ids).logits, tolerance)
         return
@@ -130,8 +145,14 @@ def assert_same_logits(
 
 @torch.no_grad()
 def assert_same_model(ours: Transformer, theirs: torch.nn.Module) -> None:
-    """Logits, names of labels, loss, and 20 tokens, each the likeliest, are transformers'."""
+    """Logits, names of labels, loss, and 20 tokens, each the likeliest, are transformers'.
+
+    Of an encoder-decoder those of four beams, too.
+    """
     assert_same_logits(ours, theirs)
+    if ours.config.n_encoder_layer:
+        assert_same_answers(ours, theirs)
+        return
     if not ours.config.causal:
         names = tuple(theirs.config.id2label.values())
         assert ours.config.labels in (names, ())
@@ -142,6 +163,32 @@ def assert_same_model(ours: Transformer, theirs: torch.nn.Module) -> None:
     drawn = generate(ours, prompt, max_new_tokens=20, temperature=0)
     wanted = theirs.generate(prompt, attention_mask=mask, max_new_tokens=20, do_sample=False)
     assert torch.equal(torch.stack(list(drawn), dim=1), wanted[:, 5:])
+
+
+@torch.no_grad()
+def assert_same_answers(ours: EncoderDecoder, theirs: torch.nn.Module) -> None:
+    """Greedy ones and those of four beams, up to a token that ends them."""
+    source, end = random_tokens(ours.config, 5, batch=3, length=9), 3
+    mask = torch.arange(9) < torch.tensor([[9], [7], [4]])
+    theirs.generation_config.forced_eos_token_id = None  # some would end where no room is left
+    theirs.generation_config.encoder_no_repeat_ngram_size = 0
+    options = {"max_new_tokens": 20, "do_sample": False, "early_stopping": False}
+    options |= {"eos_token_id": end, "pad_token_id": 0, "length_penalty": 0.8}
+    options |= {"decoder_start_token_id": ours.config.start_id, "attention_mask": mask.long()}
+    start = torch.tensor([[ours.config.start_id]])
+    limit = {"max_new_tokens": 20, "stop_ids": [end]}
+    for beams in (1, 4):
+        wanted = theirs.generate(source, num_beams=beams, **options)[:, 1:].tolist()
+        for text, own, right in zip(source, mask, wanted, strict=True):
+            memory = {"memory": ours.encode(text[None], own[None]), "source_mask": own[None]}
+            if beams == 1:
+                drawn = generate(ours, start, temperature=0, **limit, **memory)
+                found = [int(step) for step in drawn]
+            else:
+                keys = {"num_beams": beams, "length_penalty": 0.8}
+                found = beam_search(ours, start, **keys, **limit, **memory).tolist()
+            assert found == right[: len(found)]
+            assert set(right[len(found) :]) <= {0, end}
 
 
 def assert_equal(a: tuple[Transformer, Tokenizer], b: tuple[Transformer, Tokenizer]) -> None:

@@ -42,13 +42,17 @@ class Family:
     prefix: str  # of the names of all weights but those of the head; some files leave it out
     weights: str  # a table of modules, as below
     splits_evenly: bool = True  # n_head has to divide n_embd
+    alike: dict[str, str] = field(default_factory=dict)  # keys that have to be as another is
+    activations: dict[str, str] = field(default_factory=dict)  # its -> our names of MLPs
 
 
-DECODER = {"causal": True, "norm_first": True, "n_types": 0}
+DECODER = {"causal": True, "norm_first": True, "n_types": 0, "n_encoder_layer": 0}
+DECODER |= {"scale_embeddings": False}
 
 # A row for each module: our name (N is the number of the layer; q+k+v are stacked into one), its
 # own, and remarks: whether it has a bias (always, or by which key), whether its weight is
-# transposed. A row of a module that a model does not have is passed over.
+# transposed, whether its bias is a row of a matrix. A row of a module that a model does not have
+# is passed over.
 
 GPT2 = Family(
     heads={"tokens": Head("GPT2LMHeadModel", "head lm_head")},
@@ -197,6 +201,8 @@ BERT = Family(
         "mlp": "gelu_erf",
         "qk_norm": False,
         "tie_embeddings": True,
+        "n_encoder_layer": 0,
+        "scale_embeddings": False,
     },
     keys={
         "vocab_size": "vocab_size",
@@ -234,6 +240,95 @@ BERT = Family(
     """,
 )
 
+# Post-norm, as the first Transformer.
+MARIAN = Family(
+    heads={"tokens": Head("MarianMTModel", "head final_logits bias row")},
+    shape={
+        "causal": True,
+        "norm_first": False,
+        "n_types": 0,
+        "norm": "layer",
+        "norm_eps": 1e-5,
+        "position": "sinusoidal",
+        "qk_norm": False,
+        "tie_embeddings": True,
+    },
+    keys={
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "n_layer": "decoder_layers",
+        "n_encoder_layer": "encoder_layers",
+        "n_head": "decoder_attention_heads",
+        "n_embd": "d_model",
+        "n_hidden": "decoder_ffn_dim",
+        "mlp": "activation_function",
+        "scale_embeddings": "scale_embedding",
+        "start_id": "decoder_start_token_id",
+    },
+    defaults={"activation_function": "gelu", "scale_embedding": False},
+    required={
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": True,
+        "share_encoder_decoder_embeddings": True,
+        "normalize_embedding": False,
+        "normalize_before": False,
+        "add_final_layer_norm": False,
+    },
+    alike={
+        "encoder_attention_heads": "decoder_attention_heads",
+        "encoder_ffn_dim": "decoder_ffn_dim",
+        "decoder_vocab_size": "vocab_size",
+    },
+    activations={"relu": "relu", "gelu": "gelu_erf", "gelu_new": "gelu", "swish": "silu"},
+    biases=(),
+    dropout=("dropout", "attention_dropout"),
+    prefix="model.",
+    weights="""
+        tokens                         shared
+        encoder.positions              encoder.embed_positions
+        encoder.blocks.N.attn.q        encoder.layers.N.self_attn.q_proj          bias
+        encoder.blocks.N.attn.k        encoder.layers.N.self_attn.k_proj          bias
+        encoder.blocks.N.attn.v        encoder.layers.N.self_attn.v_proj          bias
+        encoder.blocks.N.attn.out      encoder.layers.N.self_attn.out_proj        bias
+        encoder.blocks.N.attn_norm     encoder.layers.N.self_attn_layer_norm      bias
+        encoder.blocks.N.mlp.up        encoder.layers.N.fc1                       bias
+        encoder.blocks.N.mlp.down      encoder.layers.N.fc2                       bias
+        encoder.blocks.N.mlp_norm      encoder.layers.N.final_layer_norm          bias
+        encoder.norm                   encoder.layer_norm                         bias
+        positions                      decoder.embed_positions
+        blocks.N.attn.q                decoder.layers.N.self_attn.q_proj          bias
+        blocks.N.attn.k                decoder.layers.N.self_attn.k_proj          bias
+        blocks.N.attn.v                decoder.layers.N.self_attn.v_proj          bias
+        blocks.N.attn.out              decoder.layers.N.self_attn.out_proj        bias
+        blocks.N.attn_norm             decoder.layers.N.self_attn_layer_norm      bias
+        blocks.N.cross.q               decoder.layers.N.encoder_attn.q_proj       bias
+        blocks.N.cross.k               decoder.layers.N.encoder_attn.k_proj       bias
+        blocks.N.cross.v               decoder.layers.N.encoder_attn.v_proj       bias
+        blocks.N.cross.out             decoder.layers.N.encoder_attn.out_proj     bias
+        blocks.N.cross_norm            decoder.layers.N.encoder_attn_layer_norm   bias
+        blocks.N.mlp.up                decoder.layers.N.fc1                       bias
+        blocks.N.mlp.down              decoder.layers.N.fc2                       bias
+        blocks.N.mlp_norm              decoder.layers.N.final_layer_norm          bias
+        norm                           decoder.layer_norm                         bias
+    """,
+)
+
+# Pre-norm, with learned positions.
+BLENDERBOT = replace(
+    MARIAN,
+    heads={"tokens": Head("BlenderbotForConditionalGeneration", MARIAN.heads["tokens"].weights)},
+    shape={**MARIAN.shape, "norm_first": True, "position": "learned"},
+    required={**MARIAN.required, "normalize_before": True, "add_final_layer_norm": True},
+    alike={key: MARIAN.alike[key] for key in ("encoder_attention_heads", "encoder_ffn_dim")},
+)
+
+# Pre-norm, with waves.
+PEGASUS = replace(
+    BLENDERBOT,
+    heads={"tokens": Head("PegasusForConditionalGeneration", MARIAN.heads["tokens"].weights)},
+    shape={**BLENDERBOT.shape, "position": "sinusoidal"},
+)
+
 FAMILIES = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -241,6 +336,9 @@ FAMILIES = {
     "qwen3": QWEN3,
     "eurobert": EUROBERT,
     "bert": BERT,
+    "marian": MARIAN,
+    "blenderbot": BLENDERBOT,
+    "pegasus": PEGASUS,
 }
 
 # What the end of its name says of an architecture that does more than continue texts.
@@ -270,6 +368,7 @@ class Entry(NamedTuple):
     name: str  # in the file
     ours: dict[str, torch.Size]  # their names and shapes
     transposed: bool
+    row: bool  # a bias that is a matrix of one row
 
 
 def shapes_of(config: ModelConfig, *, bias: bool = True) -> dict[str, torch.Size]:
@@ -279,9 +378,10 @@ def shapes_of(config: ModelConfig, *, bias: bool = True) -> dict[str, torch.Size
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def is_tied(config: ModelConfig) -> bool:
-    """Whether the head has the weight of the embedding."""
-    return config.tie_embeddings and config.head == "tokens"
+def tied(config: ModelConfig) -> list[str]:
+    """The names of further weights that are the embedding's."""
+    head = config.tie_embeddings and config.head == "tokens"
+    return ["head.weight"] * head + ["encoder.tokens.weight"] * (config.n_encoder_layer > 0)
 
 
 def entries(family: Family, config: ModelConfig, hf_config: dict) -> Iterator[Entry]:
@@ -299,16 +399,20 @@ def entries(family: Family, config: ModelConfig, hf_config: dict) -> Iterator[En
         base, dot, last = ours.rpartition(".")
         modules = [base + dot + part for part in last.split("+")]
         kinds = ("weight", "bias") if having.intersection(remarks) else ("weight",)
-        if ours == "head" and is_tied(config):
+        if f"{ours}.weight" in tied(config):
             kinds = kinds[1:]
-        for i in range(config.n_layer if ".N." in ours else 1):
+        n, row = config.n_layer, "row" in remarks
+        if ours.startswith("encoder."):
+            n = config.n_encoder_layer
+        for i in range(n if ".N." in ours else 1):
             for kind in kinds:
                 names = [f"{module}.{kind}".replace(".N.", f".{i}.") for module in modules]
                 if names[0] in shapes:
                     yield Entry(
-                        f"{prefix}{own}.{kind}".replace(".N.", f".{i}."),
+                        f"{prefix}{own}{'_' if row else '.'}{kind}".replace(".N.", f".{i}."),
                         {name: shapes[name] for name in names},
                         kind == "weight" and "transposed" in remarks,
+                        row,
                     )
 
 
@@ -325,6 +429,13 @@ def read_config(hf_config: dict) -> tuple[Family, ModelConfig]:
     allowed = {**PLAIN, **{key: (value,) for key, value in required.items()}}
     missing = {key: values[0] for key, values in allowed.items()} | family.defaults
     require("model", {**missing, **hf_config}, **allowed)
+    for key, other in family.alike.items():
+        if hf_config.get(key) is not None:
+            require("model", hf_config, **{key: (hf_config.get(other),)})
+    if family.activations:
+        given = {**family.defaults, **hf_config}
+        require("model", given, activation_function=tuple(family.activations))
+        hf_config["activation_function"] = family.activations[given["activation_function"]]
     hints, values = get_type_hints(ModelConfig), {}
     for key, own in family.keys.items():
         value = hf_config.get(own, family.defaults.get(own))
@@ -395,7 +506,13 @@ def differences(config: ModelConfig, family: Family) -> dict[str, Any]:
         needed["n_embd"] = size * config.n_head
     if "head_size" not in family.keys:
         needed |= {"head_size": size, "n_kv_head": config.n_head}
-    return {key: value for key, value in needed.items() if getattr(config, key) != value}
+    found = {key: value for key, value in needed.items() if getattr(config, key) != value}
+    reads = "n_encoder_layer" in family.keys
+    if reads and not config.n_encoder_layer:
+        found["n_encoder_layer"] = 1
+    if family.activations and config.mlp not in family.activations.values():
+        found["mlp"] = next(iter(family.activations.values()))
+    return found
 
 
 def config_json(family: Family, config: ModelConfig) -> dict:
@@ -406,6 +523,10 @@ def config_json(family: Family, config: ModelConfig) -> dict:
         hf_config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if "n_positions" in hf_config:
         hf_config["n_ctx"] = config.block_size  # its older name, which llama.cpp reads
+    for own, mlp in family.activations.items():
+        if mlp == config.mlp:
+            hf_config["activation_function"] = own
+    hf_config |= {key: hf_config[other] for key, other in family.alike.items()}
     if names:
         hf_config["id2label"] = {str(i): name for i, name in enumerate(names)}
         hf_config["label2id"] = {name: i for i, name in enumerate(names)}

@@ -28,18 +28,23 @@ from nanolm.hub.families import (
     config_json,
     entries,
     family_of,
-    is_tied,
     read_config,
     shapes_of,
+    tied,
 )
 from nanolm.hub.names import read_json
 from nanolm.hub.tokenizers import read_tokenizer, write_tokenizer
-from nanolm.layers import ModelConfig
+from nanolm.layers import ModelConfig, sinusoids
 from nanolm.model import Transformer, build_model
 from nanolm.system.files import SCRATCH, whole_folder, write_text
+from nanolm.tasks.answering import stop_ids
+from nanolm.text.conversations import can_chat
 from nanolm.text.tokenizer import Tokenizer, mask_of
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+# Where else a file may hold the embedding, and where the sinusoids, which we compute.
+TWICE = {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+WAVES = {"encoder.embed_positions.weight", "decoder.embed_positions.weight"}
 PARTS = "model-*.safetensors"  # the names of large models' files
 # What some files hold beside the weights: buffers, and further heads from BERT's training.
 PASSED_OVER = re.compile(
@@ -68,7 +73,7 @@ def load_pretrained(folder: Path) -> tuple[Transformer, Tokenizer]:
             config, weights = read_weights(files, family, config, hf_config)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot use the weights in {folder}: {error}") from None
-    n, tables = tokenizer.vocab_size, ("tokens.weight", "head.weight", "head.bias")
+    n, tables = tokenizer.vocab_size, ("tokens.weight", "encoder.tokens.weight")
     if config.vocab_size < n:
         raise ValueError(
             f"{folder}: its tokenizer has {n} tokens, and its model only {config.vocab_size}"
@@ -76,7 +81,7 @@ def load_pretrained(folder: Path) -> tuple[Transformer, Tokenizer]:
     if config.vocab_size > n:
         left = f"{config.vocab_size - n} of {config.vocab_size}"
         print(f"{folder}: left out {left} rows, which no token has", file=sys.stderr)
-    for name in tables if config.head == "tokens" else tables[:1]:
+    for name in (*tables, "head.weight", "head.bias") if config.head == "tokens" else tables:
         if name in weights:
             weights[name] = weights[name][:n]
     model = build_model(replace(config, vocab_size=n))
@@ -128,20 +133,29 @@ def read_weights(
     if config.n_layer > len(files):
         raise ValueError(f"{len(files)} tensors cannot be {config.n_layer} layers")
     weights = {}
-    for name, ours, transposed in entries(family, config, hf_config):
+    for name, ours, transposed, row in entries(family, config, hf_config):
         if (plain := name.removeprefix(family.prefix)) not in files:
             raise ValueError(f"there is no {plain}")
         lengths = [shape[0] for shape in ours.values()]
-        shape = [sum(lengths), *next(iter(ours.values()))[1:]]
+        shape = [*([1] if row else []), sum(lengths), *next(iter(ours.values()))[1:]]
         tensor = read_tensor(*files.pop(plain), shape[::-1] if transposed else shape)
+        tensor = tensor[0] if row else tensor
         rows = (tensor.T if transposed else tensor).split(lengths)
         weights.update(zip(ours, rows, strict=True))
-    if is_tied(config):
-        weights["head.weight"] = weights["tokens.weight"]
-        if head := files.pop("lm_head.weight", None):  # some files hold it twice
-            tensor = read_tensor(*head, list(weights["head.weight"].shape))
-            if not torch.equal(tensor, weights["head.weight"]):
-                raise ValueError(f"{head[1]} is not the embedding, to which {CONFIG} ties it")
+    if names := tied(config):
+        weights |= dict.fromkeys(names, weights["tokens.weight"])
+        for twice in files.keys() & TWICE:  # some files hold it again
+            tensor = read_tensor(*files[twice], list(weights["tokens.weight"].shape))
+            if not torch.equal(tensor, weights["tokens.weight"]):
+                raise ValueError(
+                    f"{files[twice][1]} is not the embedding, to which {CONFIG} ties it"
+                )
+            del files[twice]
+    for table in files.keys() & WAVES if config.position == "sinusoidal" else ():
+        waves = sinusoids(config.block_size, config.n_embd)
+        if not torch.allclose(read_tensor(*files[table], list(waves.shape)), waves, atol=0.01):
+            raise ValueError(f"{files[table][1]} holds other numbers than sinusoids")
+        del files[table]
     if left := [name for _, name in files.values() if not PASSED_OVER.search(name)]:
         architecture = family.heads[config.head].architecture
         raise ValueError(f"there is a {left[0]}, and {architecture} has none")
@@ -198,6 +212,11 @@ def export_model(model: Transformer, tokenizer: Tokenizer, folder: str | Path) -
     ends = {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
     config = {"model_type": name, **config_json(family, model.config), **ends}
     generation = {**ends, "pad_token_id": end}  # in config.json, it would get no gradient there
+    if model.config.n_encoder_layer:
+        config["pad_token_id"] = None
+        generation["decoder_start_token_id"] = model.config.start_id
+    if can_chat(tokenizer):
+        generation["eos_token_id"] = stop_ids(tokenizer)
     if not model.config.causal:
         config["pad_token_id"] = None
         config["mask_token_id"] = mask_of(tokenizer) or end or 0  # it has to be some token
@@ -215,11 +234,15 @@ def export_model(model: Transformer, tokenizer: Tokenizer, folder: str | Path) -
 def hf_weights(family: Family, model: Transformer, hf_config: dict) -> dict[str, Tensor]:
     """The tensors of model.safetensors. Raises ValueError for what the family has no place for."""
     left, tensors = model.state_dict(), {}
-    for name, ours, transposed in entries(family, model.config, hf_config):
+    for name, ours, transposed, row in entries(family, model.config, hf_config):
         stacked = torch.cat([left.pop(part, torch.zeros(shape)) for part, shape in ours.items()])
+        stacked = stacked[None] if row else stacked
         tensors[name] = (stacked.T if transposed else stacked).contiguous()
-    if is_tied(model.config):
-        del left["head.weight"]
+    for name in tied(model.config):
+        del left[name]
+    if model.config.position == "sinusoidal":  # not trained, and yet they look for them
+        waves = sinusoids(model.config.block_size, model.config.n_embd)
+        tensors |= {family.prefix + name: waves.clone() for name in WAVES}
     if lost := [name for name, tensor in left.items() if tensor.any()]:
         architecture = family.heads[model.config.head].architecture
         raise ValueError(f"{lost[0]} is not 0: {architecture} has no place for it")

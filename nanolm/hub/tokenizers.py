@@ -25,6 +25,7 @@ from nanolm.hub.names import find_folder, read_json
 from nanolm.layers import ModelConfig
 from nanolm.system.files import write_text
 from nanolm.text.bpe_tokenizer import END_OF_TEXT
+from nanolm.text.conversations import CHAT_TEMPLATE, can_chat
 from nanolm.text.gpt2 import FILE as GPT2_FILE
 from nanolm.text.gpt2 import byte_of_character
 from nanolm.text.pretrained import PretrainedTokenizer, open_pipeline, package
@@ -147,7 +148,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, model: ModelConfig) -> N
     """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads, for such a model.
 
     A text gives the ids that encode gives it with all special tokens allowed; framed, where the
-    model labels texts or words. Raises ValueError for a vocabulary that no merges make.
+    model labels texts or words, or answers by an encoder and a decoder. Raises ValueError for a
+    vocabulary that no merges make.
     """
     names = {i: token for token, i in tokenizer.special_tokens.items()}
     end = names.get(tokenizer.end_of_text)
@@ -159,12 +161,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, model: ModelConfig) -> N
         "bos_token": begin,
         "eos_token": end,
     }
+    if can_chat(tokenizer):
+        settings["chat_template"] = CHAT_TEMPLATE
     if not model.causal:
         inputs = ["input_ids", "token_type_ids", "attention_mask"]
         settings |= {"cls_token": begin, "sep_token": end, "pad_token": end}
         settings["mask_token"] = names.get(mask_of(tokenizer))
         settings["model_input_names"] = inputs if model.n_types else inputs[::2]
-    pipeline = pipeline_of(tokenizer, frames=model.head != "tokens")
+    if model.n_encoder_layer:
+        settings["pad_token"] = end
+    frames = model.head != "tokens" or model.n_encoder_layer > 0
+    pipeline = pipeline_of(tokenizer, frames=frames)
     write_text(folder / PIPELINE, pipeline.to_str(pretty=True) + "\n")
     write_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
 

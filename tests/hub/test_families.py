@@ -15,6 +15,7 @@ from pretrained import (
     CHARACTERS,
     LABELS,
     MODELS,
+    PAIRS,
     SMALL,
     TOKENIZERS,
     T,
@@ -174,8 +175,12 @@ def expressible(draw, name: str):
     dropout = draw(st.sampled_from([0.0, 0.1]))
     config = draw(model_configs(**shape_of(name), dropout=dropout))
     width = 23 if name == "qwen3" else 12 * config.n_head  # few channels magnify rounding
-    keys = family_of(name).keys
-    split = {} if "head_size" in keys else {"head_size": None, "n_kv_head": None}
+    family = family_of(name)
+    split = {} if "head_size" in family.keys else {"head_size": None, "n_kv_head": None}
+    if name in PAIRS:
+        own = {"n_encoder_layer": draw(st.integers(1, 2)), "start_id": draw(st.integers(0, 16))}
+        own |= {"scale_embeddings": draw(st.booleans()), "label_smoothing": 0.1}
+        split |= own | {"mlp": draw(st.sampled_from(list(family.activations.values())))}
     return replace(config, n_embd=width, **split)
 
 
@@ -185,7 +190,9 @@ def assert_survives_export(model: Transformer, tokenizer: Tokenizer, place: Path
     theirs, text = read_theirs(place / "ours"), AutoTokenizer.from_pretrained(place / "ours")
     assert_same_logits(model, theirs, length=model.config.block_size)
     ids = tokenizer.encode(TEXT[:T])
-    assert text(TEXT[:T])["input_ids"] == framed(tokenizer, ids) if model.config.labels else ids
+    if model.config.labels or model.config.n_encoder_layer:
+        ids = framed(tokenizer, ids)
+    assert text(TEXT[:T])["input_ids"] == ids
     ends = [text.eos_token_id, theirs.config.eos_token_id]
     ends += [theirs.generation_config.eos_token_id] if model.config.causal else []
     assert set(ends) == {tokenizer.end_of_text}
@@ -234,7 +241,8 @@ def test_what_every_config_trains_can_be_exported(path, tmp_path, caplog, monkey
     config = replace(config, **SMALL | tiny)
     head = {"classification": "text", "tagging": "words"}.get(config.task, "tokens")
     labels = () if head == "tokens" else LABELS
-    config = replace(config, head=head, labels=labels, causal=config.task == "causal")
+    causal = config.task in ("causal", "completion", "seq2seq")
+    config = replace(config, head=head, labels=labels, causal=causal)
     model = build_model(config.model_config()).eval()
     assert_survives_export(model, tokenizer, tmp_path)
     assert not caplog.records

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import random
 import re
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,6 +13,7 @@ import torch
 from conftest import TINY
 from pretrained import (
     CHARACTERS,
+    DECODERS,
     SMALL,
     TOKENIZERS,
     T,
@@ -38,6 +40,7 @@ from nanolm.layers import ModelConfig
 from nanolm.loss import NO_TARGET
 from nanolm.model import GPT
 from nanolm.runs.load import load_model
+from nanolm.sampling import beam_search
 from nanolm.text.data import open_dataset
 
 
@@ -109,7 +112,7 @@ def test_a_foreign_model_is_refused_by_the_value_that_is_foreign(family, keys, r
         ("LlamaForSequenceClassification", "a classifier"),
         ("RobertaForTokenClassification", "a classifier"),
         ("T5ForConditionalGeneration", "an encoder-decoder"),
-        ("MarianMTModel", "an encoder-decoder"),
+        ("BartForConditionalGeneration", "an encoder-decoder"),
     ],
 )
 def test_what_is_of_no_family_is_refused_as_what_it_is(architecture, what, tmp_path):
@@ -271,7 +274,7 @@ def content_of(folder: Path) -> dict[Path, bytes]:
 
 def test_an_export_goes_to_a_folder_of_its_own(tiny_run):
     """So it mixes with no run, no dataset, no text, and replaces no other model."""
-    model, tokenizer, _ = load_model(tiny_run)
+    model, tokenizer, *_ = load_model(tiny_run)
     Path("empty").mkdir()
     export_model(model, tokenizer, "empty")
     before = content_of(Path())
@@ -292,7 +295,7 @@ def test_what_a_killed_export_has_left_is_no_obstacle(tiny_run):
 
 
 def test_an_export_onto_a_full_disk_says_what_it_needs_and_leaves_nothing(tiny_run):
-    model, tokenizer, _ = load_model(tiny_run)
+    model, tokenizer, *_ = load_model(tiny_run)
     resource = pytest.importorskip("resource")  # Windows has none
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
@@ -305,7 +308,7 @@ def test_an_export_onto_a_full_disk_says_what_it_needs_and_leaves_nothing(tiny_r
 
 
 def test_an_export_that_fails_leaves_nothing(tiny_run, monkeypatch):
-    model, tokenizer, _ = load_model(tiny_run)
+    model, tokenizer, *_ = load_model(tiny_run)
     before = content_of(Path())
     monkeypatch.setattr("nanolm.hub.models.write_tokenizer", Mock(side_effect=OSError("full")))
     with pytest.raises(OSError, match="full"):
@@ -340,6 +343,27 @@ def test_the_end_of_a_text_is_learned_there_as_here(name, tmp_path):
     found = theirs.get_input_embeddings().weight.grad
     assert model.tokens.weight.grad[tokenizer.end_of_text].any()
     assert_close(found, model.tokens.weight.grad)
+
+
+@pytest.mark.parametrize("n", [20, pytest.param(200, marks=pytest.mark.long)])
+def test_beams_find_what_they_find_there(n, tmp_path):
+    """Of random models, with few and many beams and tokens that end a text."""
+    draw = random.Random(0)
+    for number in range(n):
+        config = their_config(DECODERS[number % len(DECODERS)])
+        folder = save_theirs(tmp_path / f"{number}", config, seed=number, scale=0.3)
+        theirs, ours = read_theirs(folder), load_pretrained(folder)[0].eval()
+        V, room = ours.config.vocab_size, ours.config.block_size // 2
+        ids = torch.tensor([draw.choices(range(V), k=draw.randint(1, room))])
+        stop = draw.sample(range(V), k=draw.choice([1, 2, V // 4]))
+        keys = {"num_beams": draw.randint(1, 5), "max_new_tokens": draw.randint(1, room)}
+        keys["length_penalty"] = draw.choice([-0.5, 0.0, 0.5, 1.0, 2.0])
+        found = beam_search(ours, ids, stop_ids=stop, **keys).tolist()
+        options = {"eos_token_id": stop, "pad_token_id": stop[0], "attention_mask": ids >= 0}
+        options |= {"do_sample": False, "early_stopping": False}
+        text = theirs.generate(ids, **keys, **options)[0, ids.shape[1] :].tolist()
+        assert found == text[: len(found)]
+        assert set(text[len(found) :]) <= {stop[0]}
 
 
 @torch.no_grad()

@@ -260,7 +260,7 @@ def tiny_gpt2(workplace, tiny_text):
 
 def test_gpt2_of_the_hub_is_the_model_that_was_put_there(hub, tiny_gpt2):
     model, tokenizer, hub.repositories["openai-community/gpt2"] = tiny_gpt2
-    loaded, its_tokenizer, origin = load_model("gpt2")
+    loaded, its_tokenizer, origin, _ = load_model("gpt2")
     assert (its_tokenizer, origin) == (tokenizer, "gpt2")
     assert loaded.config == model.config
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -6,19 +6,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from conftest import TEXT, TINY, write_labelled_texts
+from conftest import TEXT, TINY, write_texts_of_tasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pretrained import ENCODERS, SMALL, assert_equal, save_theirs, shape_of, their_config
+from pretrained import ENCODERS, PAIRS, SMALL, assert_equal, save_theirs, shape_of, their_config
 from strategies import random_model
 from tokenizers.implementations import BertWordPieceTokenizer
-from transformers import pipeline
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from nanolm.hub.models import export_model, load_pretrained
 from nanolm.hub.tokenizers import read_tokenizer
 from nanolm.layers import ModelConfig
 from nanolm.model import Transformer
-from nanolm.tasks.table import task_of
+from nanolm.runs.load import usual_task
 from nanolm.text.bpe_tokenizer import BPETokenizer
 from nanolm.text.tokenizer import Tokenizer, mask_of, with_mask
 
@@ -57,7 +57,7 @@ def as_printed(found: list, words: list[str], head: str, tokenizer) -> str:
 
 def test_bert_is_finetuned_on_labelled_texts_and_handed_on(workplace, run_main):
     """Its folder has a vocab.txt, as older ones do; the head is fresh."""
-    write_labelled_texts()
+    write_texts_of_tasks()
     text = Path("kinds.csv").read_text()
     trained = BertWordPieceTokenizer(lowercase=True)
     trained.train_from_iterator([text], vocab_size=200, min_frequency=1, show_progress=False)
@@ -98,7 +98,7 @@ def test_a_pipeline_answers_to_a_pair_as_sample_does(name, kind, tokenizers, tmp
     theirs = pipeline("text-classification", str(tmp_path / "there"), device="cpu", top_k=None)
     found = theirs({"text": "little wolves", "text_pair": "met foxes"})
     text = f"little wolves{tokenizer.decode([tokenizer.end_of_text])}met foxes"
-    [answer] = task_of(model.config).answer(model, tokenizer, text)
+    [answer] = usual_task(model.config, tokenizer).answer(model, tokenizer, text)
     assert as_printed(found, [], "text", tokenizer) == "".join(answer)
 
 
@@ -131,7 +131,32 @@ def test_a_pipeline_answers_as_sample_does(name, kind, tokenizers):
             head = shape["head"]
             theirs = pipeline(PIPELINES[head], f"{place}/there", device="cpu", **OPTIONS[head])
             found = theirs([text])[0] if head == "text" else theirs(text)
-        [answer] = task_of(model.config).answer(model, tokenizer, text)
+        [answer] = usual_task(model.config, tokenizer).answer(model, tokenizer, text)
         assert as_printed(found, words, head, tokenizer) == "".join(answer)
 
     law()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_exported_encoder_decoder_answers_as_sample_does(name, tokenizers, tmp_path):
+    """To the text of their tokenizer, greedily and by beams; they have no pipeline for it."""
+    tokenizer = tokenizers["BPE"]
+    keys = SMALL | shape_of(name) | {"vocab_size": tokenizer.vocab_size, "n_encoder_layer": 1}
+    keys |= {"start_id": tokenizer.end_of_text, "n_kv_head": 2, "head_size": 6, "mlp": "relu"}
+    for seed in range(4):
+        model = random_model(ModelConfig(**keys), seed).float()
+        folder = tmp_path / str(seed)
+        export_model(model, tokenizer, folder)
+        theirs = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+        text = AutoTokenizer.from_pretrained(folder)
+        for beams in (1, 3):
+            found = theirs.generate(
+                **text("little wolves met", return_tensors="pt"),
+                max_new_tokens=12,
+                num_beams=beams,
+                do_sample=False,
+            )
+            options = {"max_new_tokens": 12, "temperature": 0.0, "num_beams": beams}
+            task = usual_task(model.config, tokenizer)
+            [answer] = task.answer(model, tokenizer, "little wolves met", **options)
+            assert "".join(answer) == text.decode(found[0], skip_special_tokens=True)
