@@ -68,5 +68,6 @@ def describe_end(run: Run, seconds: float) -> None:
     if best:
         others = {k: best[k] for k in best if k not in ("step", "train_loss", "val_loss")}
         words = score_words({"validation_loss": best["val_loss"], **others})
-        print(f"best      {', '.join(words)}")
-    print(f"          sample from it with: python sample.py --out_dir={run.folder}")
+        print(f"best      step {best['step']}: {', '.join(words)}")
+    command = f"python sample.py --out_dir={run.folder}{run.task.asks}"
+    print(f"          {'sample from it' if run.task.continues else 'try it'} with: {command}")

@@ -33,10 +33,10 @@ def draw_losses(metrics: Path, picture: Path, *, title: str) -> bool:
     if evaluations:
         last = evaluations[-1]
         axes.annotate(
-            f"{last['val_loss']:.3f}", (last["step"], last["val_loss"]),
+            f"{last['val_loss']:.4g}", (last["step"], last["val_loss"]),
             xytext=(0, 8), textcoords="offset points", ha="center", color="C1",
         )  # fmt: skip
-    axes.set(xlabel="update", ylabel="loss, nats per token", title=title)
+    axes.set(xlabel="update", ylabel="loss (nats)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     with whole_file(picture) as file:
