@@ -26,6 +26,7 @@ from nanolm.precision import choose_engine, find_hardware
 from nanolm.runs.prepare import find_dataset
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import build_state
+from nanolm.tasks.classification import ClassificationTask
 from nanolm.tasks.table import make_task
 from nanolm.text.data import Dataset
 from nanolm.training import update
@@ -34,11 +35,11 @@ SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "causal": False}
 SHAPE |= {"norm": "rms", "position": "rotary", "mlp": "swiglu"}
 
 
-def shuffled(dataset: Dataset, config: TrainConfig, n: int) -> list[Batch]:
+def shuffled(task: ClassificationTask, dataset: Dataset, n: int) -> list[Batch]:
     """So many batches of texts in a random order, each filled up to its longest."""
-    order, task = np.random.default_rng(0).permutation(len(dataset.train)), make_task(config)
-    groups = (order[i * config.batch_size :][: config.batch_size] for i in range(n))
-    return [task.padded(dataset.train, group, dataset.tokenizer) for group in groups]
+    order, size = np.random.default_rng(0).permutation(len(dataset.train)), task.batch_size
+    groups = (order[i * size :][:size] for i in range(n))
+    return [task.gather(dataset.train, group) for group in groups]
 
 
 def their_updates(folder: str, data: list[Batch], device: torch.device) -> Callable[[], None]:
@@ -85,8 +86,8 @@ def main(words: list[str]) -> None:
     )
     config = replace(config, gradient_accumulation_steps=1)
     engine = choose_engine(find_hardware(), device=options.device, dtype="float32", flops=math.inf)
-    task = make_task(config)
-    n = int(task.batches_per_epoch(dataset))
+    task = make_task(config, dataset.tokenizer)
+    n = task.batches_per_epoch(dataset)
     bucketed = [task.batch(dataset, i) for i in range(n)]
     torch.manual_seed(0)
     state = build_state(config, task.model(config.model_config()), engine)
@@ -103,7 +104,7 @@ def main(words: list[str]) -> None:
             "nanolm": ours,
             "transformers, the same batches": their_updates(folder, bucketed, engine.device),
             "transformers, shuffled batches": their_updates(
-                folder, shuffled(dataset, config, n), engine.device
+                folder, shuffled(task, dataset, n), engine.device
             ),
         }
     for run in runs.values():

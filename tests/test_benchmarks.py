@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import write_labelled_texts
+from conftest import write_texts_of_tasks
 
-from benchmarks import compare, encoder, memory, sample, time_to_loss, tokenizer, train
+from benchmarks import answers, compare, encoder, memory, sample, time_to_loss, tokenizer, train
 from nanolm.runs.prepare import prepare
 from nanolm.text.corpus import Corpus
 from nanolm.text.documents import documents
@@ -133,7 +133,7 @@ def test_the_benchmark_of_sampling_runs(monkeypatch, checkout, workplace):
 
 
 def test_the_benchmark_of_encoders_runs(monkeypatch, workplace):
-    write_labelled_texts()
+    write_texts_of_tasks()
     monkeypatch.setitem(encoder.SHAPE, "n_layer", 1)
     monkeypatch.setattr(
         encoder, "choose_engine", lambda *args, **kw: train.Engine("cpu", "float32", compile=False)
@@ -143,6 +143,26 @@ def test_the_benchmark_of_encoders_runs(monkeypatch, workplace):
     results = json.loads((workplace / "results.json").read_text())
     assert results["nanolm"]["tokens/s"] > 0
     assert {"transformers, the same batches", "transformers, shuffled batches"} < set(results)
+
+
+def test_the_benchmark_of_answers_runs(monkeypatch, workplace, capsys):
+    uncompiled = train.Engine("cpu", "float32", compile=False)
+    monkeypatch.setattr(answers, "choose_engine", lambda *args, **kw: uncompiled)
+    pairs = [f"{i} owls and {i % 7} foxes\t{i} birds{' met' * (i % 5)}" for i in range(60)]
+    (workplace / "pairs.tsv").write_text("\n".join(pairs))
+    prepare("pairs", task="completion", inputs=("pairs.tsv",), tokenizer="bpe:270")
+    words = ["--dataset=pairs", "--chats=pairs", "--updates=2", "--repeats=1", "--n_layer=1"]
+    words += ["--n_head=1", "--n_embd=8", "--block_size=64", "--batch_size=2"]
+    answers.main([*words, "--batch_tokens=200", "--json=results.json"])
+    results = json.loads((workplace / "results.json").read_text())
+    assert all(row["updates/s"] > 0 for row in results["updates"].values())
+    assert {"transformers, the same batches", "transformers, shuffled batches"} < set(
+        results["updates"]
+    )
+    empty = [row["padding"] for row in results["packing"].values()]
+    assert empty[0] < min(empty[2:])
+    assert empty[1] <= empty[2] < empty[3]
+    assert "updates of" in capsys.readouterr().out
 
 
 def test_chunks_take_less_memory_than_all_logits():
