@@ -13,13 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_close
+from strategies import random_model, seeds
+from test_model import any_config, some_batch
 
 from nanolm.layers import ModelConfig
 from nanolm.model import GPT
 from nanolm.optim import adamw, parameter_groups
 from nanolm.parallel import ALONE, World
 from nanolm.precision import CPU, Engine
-from nanolm.training import TrainState, dropout_seed, train, update
+from nanolm.training import TrainState, dropout_seed, recompute_blocks, train, update
 
 CONFIG = ModelConfig(vocab_size=11, block_size=7, n_layer=1, n_head=2, n_embd=6)
 DROPOUT = replace(CONFIG, dropout=0.5)
@@ -63,6 +65,51 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(seed, hidden):
     assert cut_loss == pytest.approx(loss, abs=1e-5)
     for a, b in zip(cut, whole, strict=True):
         assert_close(a, b)
+
+
+@dataclass
+class Kept:
+    """Counts the numbers that a forward pass keeps for the backward pass."""
+
+    sizes: dict[int, int] = field(default_factory=dict)  # by where they lie, each once
+
+    def note(self, x: torch.Tensor) -> torch.Tensor:
+        self.sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def of(self, model, batch) -> int:
+        with torch.autograd.graph.saved_tensors_hooks(self.note, lambda x: x):
+            model(**batch)[1].backward()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for place, size in self.sizes.items() if place not in weights)
+
+
+@settings(max_examples=20)
+@given(any_config, seeds, st.sampled_from([0.0, 0.3]))
+def test_blocks_that_are_computed_again_learn_the_same(config, seed, dropout):
+    """Bit for bit, with the same dropout."""
+    config = replace(config, dropout=dropout)
+    model, batch, found = random_model(config, seed).train(), some_batch(config, seed), []
+    twin = copy.deepcopy(model)
+    recompute_blocks(twin)
+    for one in (model, twin):
+        torch.manual_seed(seed)
+        loss = one(**batch)[1]
+        loss.backward()
+        found.append([loss, *(p.grad for p in one.parameters())])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_blocks_that_are_computed_again_keep_little():
+    config = replace(CONFIG, n_layer=8, n_embd=32, block_size=32)
+    kept = []
+    for again in (False, True):
+        model = GPT(config).train()
+        if again:
+            recompute_blocks(model)
+        batch = random_batch(0, batch_size=8, block_size=32)
+        kept.append(Kept().of(model, {key: torch.from_numpy(x) for key, x in batch.items()}))
+    assert kept[1] < kept[0] / 4
 
 
 def test_dropout_seeds_differ_for_every_micro_batch():

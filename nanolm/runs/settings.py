@@ -64,6 +64,7 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: precision of matrix products
     compile: bool | str = "auto"  # auto | True | False
+    recompute: bool = False  # keep less of each block for the backward pass: memory for time
     backend: str = "auto"  # how several processes talk to each other
 
     def __post_init__(self):

@@ -41,7 +41,7 @@ from nanolm.text.tokenizer import (
     extends,
     load_tokenizer,
 )
-from nanolm.training import TrainState, grad_scaler, warm_up_ddp
+from nanolm.training import TrainState, grad_scaler, recompute_blocks, warm_up_ddp
 
 
 @dataclass
@@ -350,6 +350,8 @@ def build_state(config: TrainConfig, model: Transformer, engine: Engine) -> Trai
     if engine.device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = model.to(engine.device)
+    if config.recompute:
+        recompute_blocks(model)
     groups = parameter_groups(model, config.weight_decay, config.optimizer)
     betas = (config.beta1, config.beta2)
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=betas)

@@ -139,6 +139,7 @@ def assert_close(a: list[float], b: list[float], tolerance: float = 1e-5) -> Non
     [
         *((size, ["--optimizer=muon"]) for size in (2, 3, 4)),
         (2, ["--optimizer=adamw"]),
+        (2, ["--recompute=true"]),
         *product((2, 4), TASKS.values()),
     ],
     ids=str,

@@ -27,7 +27,8 @@ from nanolm.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr("nanolm.runs.pictures.draw_losses", lambda *_, **__: False)
+    for name in ("draw_losses", "draw_confusion"):
+        monkeypatch.setattr(f"nanolm.runs.pictures.{name}", lambda *_, **__: False)
 
 
 def train(*arguments: str) -> Path:
@@ -73,6 +74,7 @@ STEPS = range(1, 20, 2)  # ten of twenty
         ["--optimizer=muon", "--dtype=bfloat16"],
         ["--optimizer=lamb"],
         ["--optimizer=sgd"],
+        ["--recompute=true", "--dropout=0.1"],
         pytest.param(["--compile=true", "--dropout=0.1"], marks=pytest.mark.long),
     ],
     ids=lambda keys: " ".join(keys),
@@ -244,7 +246,7 @@ def test_a_compiled_first_step_is_announced(tiny_run, capsys, monkeypatch):
     assert "the first steps take up to a minute, they compile" in out or "no C++ compiler" in out
 
 
-@pytest.mark.parametrize("task", [[], *TASKS.values()], ids=str)
+@pytest.mark.parametrize("task", [[], *TASKS.values(), ["--recompute=true"]], ids=str)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_compiled_run_learns_what_an_eager_one_does(backend, task, tiny_run, monkeypatch):
     """And its checkpoints bear the same names."""
