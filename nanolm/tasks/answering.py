@@ -4,11 +4,10 @@ At each evaluation the model answers some texts of the validation split, greedil
 are compared with the given ones.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +19,7 @@ from nanolm.evaluation import loss_counts, mean_loss, perplexity
 from nanolm.loss import NO_TARGET
 from nanolm.model import GPT
 from nanolm.sampling import beam_search, generate, rows_of
-from nanolm.tasks.examples import ExampleTask, filled, write_examples
+from nanolm.tasks.examples import ExampleTask, filled
 from nanolm.tasks.scores import TEXT_SCORES, text_counts, text_scores
 from nanolm.text.conversations import (
     ENDS,
@@ -57,27 +56,22 @@ class AnsweringTask(ExampleTask):
     # --------------------------------------------------------------------------------------
     # Data
 
-    @staticmethod
-    def prepare(
-        folder: Path,
-        train: Sequence[Record],
-        val: Sequence[Record],
-        tokenizer: Tokenizer,
-        *,
-        source: str = "",
-        made_with: Mapping[str, Any] = {},
-    ) -> None:
-        """Encode records into a dataset folder, whole or not at all (see exchange_ids).
-
-        source: where they come from, in words. made_with: what was asked for.
-        """
+    @classmethod
+    def particulars(
+        cls, train: Sequence[Record], val: Sequence[Record], tokenizer: Tokenizer
+    ) -> tuple[Tokenizer, dict[str, Any]]:
+        """A tokenizer with what ends an answer; whether this is chats; what repetition scores."""
         chat = train[0].labels != PAIR
-        tokenizer = with_answers(tokenizer, chat=chat)
-        facts = {"task": "completion", "made_with": made_with, "source": source, "labels": []}
-        facts["chat"] = chat
-        facts["baselines"] = {} if chat else repeated_scores(val[:COUNTED])
-        splits = [[exchange_ids(record, tokenizer) for record in own] for own in (train, val)]
-        write_examples(folder, splits, (train, val), tokenizer, facts)
+        baselines = {} if chat else repeated_scores(val[:COUNTED])
+        facts = {"labels": [], "chat": chat, "baselines": baselines}
+        return with_answers(tokenizer, chat=chat), facts
+
+    @staticmethod
+    def encode(
+        record: Record, tokenizer: Tokenizer, names: Sequence[str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a record, and the spans of what is to be learned (see exchange_ids)."""
+        return exchange_ids(record, tokenizer)
 
     @classmethod
     def fit(cls, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:

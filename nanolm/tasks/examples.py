@@ -4,7 +4,7 @@ An epoch has each of them once, in batches that are made anew; how they are grou
 the task's.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -39,6 +39,51 @@ class ExampleTask:
     asks: ClassVar[str] = ' --start="A text"'
     usual_samples: ClassVar[int] = 1
     usual_temperature: ClassVar[float] = 0.0
+
+    @classmethod
+    def prepare(
+        cls,
+        folder: Path,
+        train: Sequence[Record],
+        val: Sequence[Record],
+        tokenizer: Tokenizer,
+        *,
+        source: str = "",
+        made_with: Mapping[str, Any] = {},
+    ) -> None:
+        """Encode records into a dataset folder, whole or not at all.
+
+        source: where they come from, in words. made_with: what was asked for.
+        """
+        tokenizer, own = cls.particulars(train, val, tokenizer)
+        facts = {"task": cls.reads, "made_with": made_with, "source": source, **own}
+        encoded = [
+            [cls.encode(r, tokenizer, own["labels"]) for r in part] for part in (train, val)
+        ]
+        with new_dataset(folder, tokenizer, DTYPE, **facts) as (meta, *files):
+            splits = zip(SPLITS, encoded, (train, val), files, strict=True)
+            for split, examples, records, file in splits:
+                packed(examples).tofile(file)
+                meta[split] = {
+                    "examples": len(examples),
+                    "labels": sum(len(labels) for _, labels in examples),
+                    "tokens": sum(len(ids) for ids, _ in examples),
+                    "bytes": sum(len(part.encode()) for r in records for part in r.parts),
+                }
+
+    @classmethod
+    def particulars(
+        cls, train: Sequence[Record], val: Sequence[Record], tokenizer: Tokenizer
+    ) -> tuple[Tokenizer, dict[str, Any]]:
+        """The tokenizer that the records need, and what else meta.json says."""
+        raise NotImplementedError
+
+    @staticmethod
+    def encode(
+        record: Record, tokenizer: Tokenizer, names: Sequence[str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a record, and pairs of numbers that say what is asked of it."""
+        raise NotImplementedError
 
     def groups(self, examples: Examples, epoch: int) -> Sequence[Any]:
         """The batches of an epoch, in the form that gather takes; equally many in each."""
@@ -83,26 +128,3 @@ def filled(rows: Sequence[Sequence[int]], fill: int, limit: int) -> np.ndarray:
     for row, own in zip(found, rows, strict=True):
         row[: len(own)] = own
     return found
-
-
-def write_examples(
-    folder: Path,
-    splits: Iterable[Sequence[tuple[list[int], list[tuple[int, int]]]]],
-    records: Iterable[Sequence[Record]],
-    tokenizer: Tokenizer,
-    facts: Mapping[str, Any],
-) -> None:
-    """Write a dataset folder, whole or not at all.
-
-    splits: (ids, pairs of numbers) of each example, for training and for validation. records: what
-    they were made of. facts: what else meta.json is to say.
-    """
-    with new_dataset(folder, tokenizer, DTYPE, **facts) as (meta, *files):
-        for split, examples, own, file in zip(SPLITS, splits, records, files, strict=True):
-            packed(examples).tofile(file)
-            meta[split] = {
-                "examples": len(examples),
-                "labels": sum(len(labels) for _, labels in examples),
-                "tokens": sum(len(ids) for ids, _ in examples),
-                "bytes": sum(len(part.encode()) for record in own for part in record.parts),
-            }

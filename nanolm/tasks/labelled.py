@@ -5,9 +5,8 @@ Texts differ in length, so a batch is filled up to its longest text, and a mask 
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +18,7 @@ from nanolm.evaluation import mean_loss
 from nanolm.loss import NO_TARGET, cross_entropy
 from nanolm.model import Transformer
 from nanolm.tasks import scores
-from nanolm.tasks.examples import MULTIPLE, ExampleTask, write_examples
+from nanolm.tasks.examples import MULTIPLE, ExampleTask
 from nanolm.text.data import SPLITS, Dataset
 from nanolm.text.examples import Examples, label_names
 from nanolm.text.records import Record
@@ -43,25 +42,13 @@ class LabelledTask(ExampleTask):
     # Data
 
     @classmethod
-    def prepare(
-        cls,
-        folder: Path,
-        train: Sequence[Record],
-        val: Sequence[Record],
-        tokenizer: Tokenizer,
-        *,
-        source: str = "",
-        made_with: Mapping[str, Any] = {},
-    ) -> None:
-        """Encode records into a dataset folder, whole or not at all.
-
-        source: where they come from, in words. made_with: what was asked for.
-        """
+    def particulars(
+        cls, train: Sequence[Record], val: Sequence[Record], tokenizer: Tokenizer
+    ) -> tuple[Tokenizer, dict[str, Any]]:
+        """The tokenizer as it is, the labels, and what guesses score."""
         names = label_names(train, val)
-        facts = {"task": cls.reads, "made_with": made_with, "source": source, "labels": names}
-        facts["baselines"] = usual_scores(train, val, names, unit=cls.unit)
-        splits = [[cls.encode(r, tokenizer, names) for r in own] for own in (train, val)]
-        write_examples(folder, splits, (train, val), tokenizer, facts)
+        baselines = usual_scores(train, val, names, unit=cls.unit)
+        return tokenizer, {"labels": names, "baselines": baselines}
 
     @classmethod
     def fit(cls, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
