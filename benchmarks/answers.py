@@ -31,6 +31,7 @@ from benchmarks.compare import (
     at_least_1,
     clock_for,
     contest,
+    plain_updates,
     run_benchmark,
     write,
 )
@@ -107,24 +108,17 @@ def show(who: str, speed: float, unit: str, empty: float) -> dict[str, float]:
 def their_updates(folder: str, data: list[Batch], device: torch.device) -> Run:
     """An update of transformers' model on each batch."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
 
-    def run() -> None:
-        for batch in data:
-            source, mask, ids, targets = (
-                torch.from_numpy(batch[key]).to(device)
-                for key in ("source", "source_mask", "ids", "targets")
-            )
-            labels = targets.masked_fill(targets == NO_TARGET, -100)
-            keys = {"attention_mask": mask.long(), "decoder_input_ids": ids, "labels": labels}
-            loss = model(source, **keys).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
+    def loss_of(batch: Batch) -> torch.Tensor:
+        source, mask, ids, targets = (
+            torch.from_numpy(batch[key]).to(device)
+            for key in ("source", "source_mask", "ids", "targets")
+        )
+        labels = targets.masked_fill(targets == NO_TARGET, -100)
+        keys = {"attention_mask": mask.long(), "decoder_input_ids": ids, "labels": labels}
+        return model(source, **keys).loss
 
-    return run
+    return plain_updates(model, data, loss_of, RATE)
 
 
 def compare_updates(words: list[str], dataset: str, n: int, device: str, repeats: int) -> dict:

@@ -11,8 +11,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +50,27 @@ def run_benchmark(main: Callable[[list[str]], None]) -> None:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:  # it has said why
         sys.exit(f"error: {error.cmd[:3]} ended with exit code {error.returncode}")
+
+
+def plain_updates(
+    model: torch.nn.Module,
+    data: Iterable[Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    rate: float,
+) -> Callable[[], None]:
+    """An update with AdamW on each batch, as one writes it for a model of transformers."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+
+    def run() -> None:
+        for batch in data:
+            loss = loss_of(batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+    return run
 
 
 def wall(run: Callable[[], object]) -> float:

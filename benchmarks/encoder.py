@@ -19,7 +19,15 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.compare import arguments, at_least_1, clock_for, contest, run_benchmark, write
+from benchmarks.compare import (
+    arguments,
+    at_least_1,
+    clock_for,
+    contest,
+    plain_updates,
+    run_benchmark,
+    write,
+)
 from nanolm.batches import Batch
 from nanolm.hub.models import export_model
 from nanolm.precision import choose_engine, find_hardware
@@ -45,21 +53,14 @@ def shuffled(task: ClassificationTask, dataset: Dataset, n: int) -> list[Batch]:
 def their_updates(folder: str, data: list[Batch], device: torch.device) -> Callable[[], None]:
     """An update of transformers' model on each batch."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def run() -> None:
-        for batch in data:
-            ids, mask, labels = (
-                torch.from_numpy(batch[key]).to(device) for key in ("ids", "mask", "targets")
-            )
-            loss = model(ids, attention_mask=mask.long(), labels=labels[:, 0]).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
+    def loss_of(batch: Batch) -> torch.Tensor:
+        ids, mask, labels = (
+            torch.from_numpy(batch[key]).to(device) for key in ("ids", "mask", "targets")
+        )
+        return model(ids, attention_mask=mask.long(), labels=labels[:, 0]).loss
 
-    return run
+    return plain_updates(model, data, loss_of, 1e-4)
 
 
 def parser() -> ArgumentParser:
