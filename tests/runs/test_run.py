@@ -12,6 +12,7 @@ from conftest import TASKS, TINY
 from outcomes import cut, frozen, numbers
 
 from nanolm import sampling
+from nanolm.precision import choose_engine, find_hardware
 from nanolm.runs.checkpoint import load
 from nanolm.runs.pictures import draw_losses
 from nanolm.runs.prepare import find_dataset, prepare
@@ -433,7 +434,8 @@ def test_sampling_continues_the_prompt_and_takes_the_newest_run(tiny_run, run_ma
         "sample", "--start=1 little", "--num_samples=2", "--max_new_tokens=7"
     )
     assert code == 0
-    assert err == "sampling from out/tiny, step 4, cpu float32\n" or "step 2" in err
+    dtype = choose_engine(find_hardware()).dtype
+    assert err == f"sampling from out/tiny, step 4, cpu {dtype}\n" or "step 2" in err
     texts = out.split("\n---------------\n")
     assert texts[2] == ""
     assert all(text.startswith("1 little") and len(text) == 8 + 7 for text in texts[:2])
