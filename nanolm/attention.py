@@ -28,6 +28,7 @@ Shapes are named by these letters, in every chapter:
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +51,15 @@ def attention(
     causal: bool = False,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    heads: tuple[int, int] | None = None,
 ) -> Tensor:
     """Scaled dot-product attention, as the formula (Vaswani et al. 2017, eq. 1).
 
     q: (B, nh, T, hs); k, v: (B, n_kv_head, S, hs), where n_kv_head divides nh and query head i
     reads key/value head i // (nh / n_kv_head). mask: booleans that broadcast to (B, nh, T, S),
     True where a query may look; each query needs at least one key. causal: also forbid what comes
-    later (S >= T). dropout: the probability that a weight is dropped. Returns (B, nh, T, hs).
+    later (S >= T). dropout: the probability that a weight is dropped. heads: where those of q are
+    only a part, the number of the first and of all. Returns (B, nh, T, hs).
     """
     (nh, T, hs), S = q.shape[1:], k.shape[-2]
     groups = nh // k.shape[1]
@@ -67,8 +70,21 @@ def attention(
         scores = scores.masked_fill(~mask, -math.inf)
     if causal:
         scores = scores.masked_fill(~causal_mask(T, S, q.device), -math.inf)
-    weights = F.dropout(torch.softmax(scores, dim=-1), dropout)
+    weights = torch.softmax(scores, dim=-1)
+    if dropout and heads is not None:
+        weights = weights * dropout_of_part(weights, dropout, *heads)
+    else:
+        weights = F.dropout(weights, dropout)
     return weights.to(v.dtype) @ v  # (B, nh, T, hs)
+
+
+def dropout_of_part(weights: Tensor, dropout: float, first: int, n_head: int) -> Tensor:
+    """What dropout multiplies the weights of these heads by, where it falls on all n_head at once.
+
+    weights: (B, nh, T, S), of the heads from the first on. The random numbers of all are drawn.
+    """
+    B, nh, T, S = weights.shape
+    return F.dropout(weights.new_ones(B, n_head, T, S), dropout)[:, first : first + nh].clone()
 
 
 def fast_attention(
@@ -179,6 +195,7 @@ class MultiHeadAttention(nn.Module):
     ):
         super().__init__()
         self.head_size, self.dropout, self.causal = head_size, dropout, causal
+        self.n_head, self.first_head = n_head, 0  # of a part of the heads, the number of its first
         self.q = nn.Linear(n_embd, n_head * head_size, bias=bias)
         self.k = nn.Linear(n_embd, n_kv_head * head_size, bias=bias)
         self.v = nn.Linear(n_embd, n_kv_head * head_size, bias=bias)
@@ -213,8 +230,10 @@ class MultiHeadAttention(nn.Module):
                 q, k = rotate(q, angles), rotate(k, angles)
             if cache is not None:
                 k, v = cache.append(k, v)  # (B, n_kv_head, S, hs)
+        dropout = self.dropout if self.training else 0.0
         formula = prefer_formula(x.device.type, q.dtype, T, k.shape[2])
         attend = attention if formula else fast_attention
-        dropout = self.dropout if self.training else 0.0
+        if q.shape[1] < self.n_head and dropout:
+            attend = partial(attention, heads=(self.first_head, self.n_head))
         y = attend(q, k, v, causal=self.causal, mask=mask, dropout=dropout)  # (B, nh, T, hs)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))

@@ -192,6 +192,15 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / sqrt(var + eps) * weight + bias, over the last axis (Ba et al. 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A weight may be narrower than x, and PyTorch's kernel wants them alike.
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang & Sennrich 2019)."""
 
@@ -202,7 +211,7 @@ class RMSNorm(nn.RMSNorm):
 
 def layer_norm(config: ModelConfig) -> nn.Module:
     """Mean 0, variance 1 over the channels, then a learned scale and shift (Ba et al. 2016)."""
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 def rms_norm(config: ModelConfig) -> nn.Module:

@@ -9,6 +9,7 @@ The models know nothing of optimizers, files, devices or processes.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +69,13 @@ class Tower(nn.Module):
         end = start + ids.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"a context of {end} tokens: block_size is {self.config.block_size}")
-        where = slice(start, end) if segments is None else positions_within(segments)
+        whole = torch.arange(start, end, device=ids.device)
+        where = whole if segments is None else positions_within(segments)
         x, angles = self.tokens(ids), None  # (B, T, C)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.n_embd)
         if self.config.position == "learned":
-            x = x + self.positions.weight[where]
+            x = x + self.positions(where)
         elif self.config.position == "sinusoidal":
             x = x + self.waves[where]
         else:
@@ -124,12 +126,16 @@ class Transformer(Tower):
         if config.head == "tokens":
             n, bias = config.vocab_size, config.bias and config.kind != "a decoder"
         self.head = nn.Linear(config.n_embd, n, bias=bias)
-        if config.head == "tokens" and config.tie_embeddings:
-            self.head.weight = self.tokens.weight
+        self.tie()
         self.encoder = Tower(config, config.n_encoder_layer, causal=False) if reads else None
         if reads:
             self.encoder.tokens = self.tokens  # one vocabulary
         init_weights(self)
+
+    def tie(self) -> None:
+        """Let the head read tokens by the vectors that stand for them, if it is to."""
+        if self.config.head == "tokens" and self.config.tie_embeddings:
+            self.head.weight = self.tokens.weight
 
     def head_transform(self) -> nn.Module:
         """What stands between the last vectors and the head: nothing, but in some encoders."""
@@ -245,11 +251,11 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def init_weights(model: Transformer) -> None:
+def init_weights(model: Transformer, normal_: Callable = nn.init.normal_) -> None:
     """Draw the weights as GPT-2 does: normal, std 0.02; biases 0; norms 1 (Radford et al. 2019).
 
     The n layers that write into a residual stream start smaller, by 1 / sqrt(n), so that the sum
-    of all of them starts with the variance of one.
+    of all of them starts with the variance of one. normal_: what draws a tensor.
     """
     stds = {}
     for tower in (module for module in model.modules() if isinstance(module, Tower)):
@@ -257,9 +263,11 @@ def init_weights(model: Transformer) -> None:
         stds |= dict.fromkeys(writers, 0.02 / math.sqrt(len(writers)))
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=stds.get(module, 0.02))
+            normal_(module.weight, std=stds.get(module, 0.02))
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            module.reset_parameters()
 
 
 def build_model(config: ModelConfig) -> Transformer:
