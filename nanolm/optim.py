@@ -15,10 +15,14 @@ goes equally far in each.
 
 The rate rises linearly at first, since the running means know nothing yet, and falls towards the
 end, so that the noise of the batches averages out.
+
+A parameter may be a DTensor, of which each of several processes holds a part (see parallel.py).
+All but Muon act on each number by itself, or on a sum; Muon asks for whole matrices.
 """
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +66,8 @@ def adamw(groups: list[dict], *, lr: float, betas: tuple[float, float]) -> torch
 
 def sgd(groups: list[dict], *, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum betas[0] (Sutskever et al. 2013, eq. 1)."""
-    return torch.optim.SGD(groups, lr=lr, momentum=betas[0], fused=has_fused_kernel(groups))
+    fused = has_fused_kernel(groups) and not in_parts(groups[0]["params"][0])  # has no such kernel
+    return torch.optim.SGD(groups, lr=lr, momentum=betas[0], fused=fused)
 
 
 def adam_direction(p: Tensor, memory: dict, betas: tuple[float, float]) -> Tensor:
@@ -128,12 +133,13 @@ class Muon(torch.optim.Optimizer):
     def step_hidden(self, matrices: list[Tensor], lr: float, beta: float) -> None:
         """One step of the hidden matrices."""
         batches = defaultdict(list)
-        for p in matrices:
-            batches[wide(p).shape].append(p)
-        for shape, batch in batches.items():
-            directions = orthogonalize(torch.stack([wide(self.momentum(p, beta)) for p in batch]))
-            for p, direction in zip(batch, directions, strict=True):
-                wide(p).sub_(direction, alpha=lr * 0.2 * math.sqrt(max(shape)))
+        for i, p in enumerate(matrices):
+            batches[wide(p).shape, i * in_parts(p)].append(p)  # whole ones: one by one
+        for (shape, _), batch in batches.items():
+            momenta = [wide(whole(self.momentum(p, beta))) for p in batch]
+            for p, direction in zip(batch, orthogonalize(torch.stack(momenta)), strict=True):
+                step = direction if wide(p).shape == p.shape else direction.mT
+                p.sub_(part_of(step, p), alpha=lr * 0.2 * math.sqrt(max(shape)))
 
     def momentum(self, p: Tensor, beta: float) -> Tensor:
         """The running mean of the gradient, looked at one step ahead (Nesterov)."""
@@ -142,6 +148,25 @@ class Muon(torch.optim.Optimizer):
             memory["momentum_buffer"] = torch.zeros_like(p)
         m = memory["momentum_buffer"].lerp_(p.grad, 1 - beta)
         return p.grad.lerp(m, beta)
+
+
+def in_parts(tensor: Any) -> bool:
+    """Whether it is a DTensor: each process holds only a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process holds a part. All of them must ask for it."""
+    return tensor.full_tensor() if in_parts(tensor) else tensor
+
+
+def part_of(values: Tensor, own: Tensor) -> Tensor:
+    """What this process holds of values, a whole tensor, if it holds own of one of that shape."""
+    if not in_parts(own) or getattr(values, "shape", ()) != own.shape:
+        return values
+    from torch.distributed.tensor import distribute_tensor  # takes time, and is seldom needed
+
+    return distribute_tensor(values, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def wide(matrix: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ from nanolm.batches import Batch
 from nanolm.layers import Block
 from nanolm.loss import NO_TARGET
 from nanolm.model import GPT
-from nanolm.parallel import ALONE, World
+from nanolm.optim import part_of, whole
+from nanolm.parallel import ALONE, World, gathered
 from nanolm.precision import CPU, Engine
 
 MAX_SKIPPED = 3  # non-finite updates in a row before a run gives up
@@ -78,11 +79,13 @@ class TrainState:
         if self.forward is None:
             self.forward = self.model
 
-    def state_dict(self) -> dict:
-        """The state as a checkpoint holds it."""
+    def state_dict(self, world: World = ALONE) -> dict:
+        """The state as a checkpoint holds it: whole, in process 0. All must ask for it."""
+        named = self.model.state_dict(keep_vars=True)
+        weights = gathered({id(p): p.detach() for p in named.values()}, world)  # tied ones once
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": {name: weights[id(p)] for name, p in named.items()},
+            "optimizer": gathered(self.optimizer.state_dict(), world),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "evaluated": self.evaluated,
@@ -90,14 +93,25 @@ class TrainState:
             "skipped": self.skipped,
         }
 
-    def load_state_dict(self, checkpoint: dict) -> None:
-        """Continue from what state_dict gave; the optimizer keeps its own decay and betas."""
-        self.model.load_state_dict(checkpoint["model"])
+    @torch.no_grad()
+    def load_state_dict(self, checkpoint: dict, world: World = ALONE) -> None:
+        """Continue from what state_dict gave; the optimizer keeps its own decay and betas.
+
+        That of process 0 counts, whatever the layout of the run that it comes from; what the
+        others give says the shapes.
+        """
+        for name, own in self.model.state_dict().items():
+            own.copy_(part_of(world.broadcast(checkpoint["model"][name]), own))
         groups = self.optimizer.param_groups
         options = [
             {k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups
         ]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        parameters = [p for group in groups for p in group["params"]]
+        memory = {
+            i: {key: part_of(world.broadcast(value), parameters[i]) for key, value in own.items()}
+            for i, own in checkpoint["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**checkpoint["optimizer"], "state": memory})
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
         if checkpoint["scaler"]:  # empty where the run was not in fp16 before
@@ -157,19 +171,20 @@ def update(
     micro_batches = list(micro_batches)
     shares = target_shares(micro_batches)
     total = torch.zeros((), device=engine.device)
-    own = range(world.rank, len(micro_batches), world.size)  # those of this process
+    own = range(world.replica, len(micro_batches), world.replicas)  # those of this process
     for number in own:
         torch.manual_seed(dropout_seed(seed, state.step, number))
         world.sync_gradients(state.forward, number == own[-1])
         with engine.autocast():
             _, loss = state.forward(**engine.move(micro_batches[number]))  # forward
         loss = loss * shares[number]
-        state.scaler.scale(loss * world.size).backward()  # backward; DDP divides by world.size
+        state.scaler.scale(loss * world.replicas).backward()  # backward; its sum is divided again
         total += loss.detach()
     sums = world.all_reduce(with_flags(total, requests()))
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
-    norm, loss, *requested = torch.cat((norm[None], sums)).tolist()  # the one wait for a GPU
+    numbers = torch.cat((whole(norm)[None], sums))
+    norm, loss, *requested = numbers.tolist()  # the one wait for a GPU
     if math.isfinite(loss) and math.isfinite(norm):
         with engine.autocast():  # for the matrix products of Muon
             state.scaler.step(state.optimizer)

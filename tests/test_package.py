@@ -34,7 +34,7 @@ PATHS = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.s
 
 WATCH = """
 import importlib, locale, logging, os, random, signal, sys, warnings
-import numpy, regex, tiktoken, torch, tqdm, urllib.request
+import numpy, regex, tiktoken, torch, torch.distributed.tensor, tqdm, urllib.request
 
 def state():
     return [

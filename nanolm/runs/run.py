@@ -101,9 +101,14 @@ class Run:
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint. Raises ValueError where that fails, with the way back."""
+        state = self.state.state_dict(self.world)
+        broadcast(self.world, lambda: self.write(state, best))
+
+    def write(self, state: dict, best: bool) -> None:
+        """Write the whole state of the run to a file."""
         config = self.config
         content = {
-            **self.state.state_dict(),
+            **state,
             "config": asdict(config),
             "engine": self.engine.choices(),
             "text": self.dataset.meta["train"]["sha256"],
@@ -173,7 +178,7 @@ class Run:
 
     def save_for_signal(self) -> None:
         """Write a checkpoint between two evaluations."""
-        broadcast(self.world, self.save)
+        self.save()
         print(f"saved     step {self.state.step} in {self.folder}", flush=True)
 
     # --------------------------------------------------------------------------------------
@@ -204,8 +209,10 @@ class Run:
             best = state.best is None or score < state.best
             if best:
                 state.best = score
-            broadcast(self.world, lambda: self.save(best=best))
+            self.save(best=best)
         if self.world.leads:
+            self.draw()
+        if self.config.sample_tokens and (self.world.leads or self.world.splits):
             self.show()
 
     def scores(self) -> dict[str, float]:
@@ -228,14 +235,18 @@ class Run:
 
         Where there are too few for all, the last one without its targets: it counts for nothing.
         """
-        rank, n = self.world.rank, self.task.evaluation_size(self.dataset)
+        rank, n = self.world.replica, self.task.evaluation_size(self.dataset)
         with progress(desc=f"evaluating {split}", total=n, unit="batch", leave=False) as bar:
-            while turn := list(islice(batches, self.world.size)):
+            while turn := list(islice(batches, self.world.replicas)):
                 self.leave_if_asked()  # an evaluation can take longer than a scheduler waits
-                batch = turn[min(rank, len(turn) - 1)]
-                if rank >= len(turn):
-                    batch = batch | {"targets": batch["targets"] * 0 + NO_TARGET}
-                yield self.engine.move(batch)
+                own = [min(rank, len(turn) - 1)]
+                if self.world.splits and any("ids" not in batch for batch in turn):
+                    own = range(len(turn))  # answers take many passes, which all make together
+                for i in own:
+                    batch = turn[i]
+                    if i != rank:
+                        batch = batch | {"targets": batch["targets"] * 0 + NO_TARGET}
+                    yield self.engine.move(batch)
                 bar.update(len(turn))
 
     def leave_if_asked(self) -> None:
@@ -245,8 +256,8 @@ class Run:
             if flag:
                 raise Stopped(number)
 
-    def show(self) -> None:
-        """Redraw the loss, and print what the model does now."""
+    def draw(self) -> None:
+        """Redraw the loss."""
         size = count_parameters(self.state.model)
         title = f"{self.folder.name}: {self.config.dataset}, {size:,} parameters"
         try:
@@ -256,8 +267,11 @@ class Run:
                 pictures.draw_confusion(self.confusion, labels, self.folder / CONFUSION)
         except Exception as error:  # whatever it is, it is no reason to end a run
             print(f"warning   no picture: {error}")
-        if self.config.sample_tokens:
-            title, text = self.sample()
+
+    def show(self) -> None:
+        """Print what the model does now."""
+        title, text = self.sample()
+        if self.world.leads:
             lines = [f"    | {line}" for line in text.split("\n")]
             print("\n".join((f"    {title}:", *lines)), flush=True)
 
@@ -268,6 +282,8 @@ class Run:
         title, pieces = self.task.show(
             model, self.dataset, tokens=self.config.sample_tokens, generator=generator
         )
-        text = "".join(takewhile(lambda _: not self.signals, pieces))
+        heard = () if self.world.splits else self.signals  # those that came to this process alone
+        with self.engine.autocast():
+            text = "".join(takewhile(lambda _: not heard, pieces))
         model.train()
         return title, text.strip("\n")

@@ -65,12 +65,15 @@ class TrainConfig(ModelConfig):
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: precision of matrix products
     compile: bool | str = "auto"  # auto | True | False
     recompute: bool = False  # keep less of each block for the backward pass: memory for time
+    shard: bool = False  # each of several processes keeps only a part of the weights
+    tensor_parallel: int = 1  # so many processes split each matrix between them
     backend: str = "auto"  # how several processes talk to each other
 
     def __post_init__(self):
         super().__post_init__()
         require_at_least(self, 1, "eval_interval log_interval keep_checkpoints batch_size")
         require_at_least(self, 1, "gradient_accumulation_steps lr_decay_iters cooldown_iters")
+        require_at_least(self, 1, "tensor_parallel")
         require_at_least(self, 0, "eval_iters sample_tokens seed max_iters warmup_iters")
         require_at_least(self, 0, "eval_answers batch_tokens")
         require_at_least(self, 0, "weight_decay grad_clip min_lr")

@@ -5,17 +5,19 @@ the run has found its own part right before one of them goes on.
 """
 
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanolm.hub.families import tied
 from nanolm.hub.names import is_hub_name
+from nanolm.layers import ModelConfig
 from nanolm.model import Transformer, flops_per_token
-from nanolm.optim import OPTIMIZERS, parameter_groups
-from nanolm.parallel import World
+from nanolm.optim import OPTIMIZERS, parameter_groups, part_of, whole
+from nanolm.parallel import ALONE, World, without_weights
 from nanolm.precision import Engine, Hardware, choose_engine, find_hardware
 from nanolm.runs import checkpoint
 from nanolm.runs.console import describe, describe_end
@@ -53,11 +55,22 @@ class Start:
     checkpoint: dict | None = None  # of another model: its weights and its config, no more
     tokenizer: Tokenizer | None = None  # of what the weights or the checkpoint come from
 
+    def __getstate__(self) -> dict:
+        """What the other processes get: of the tensors only the shapes (see World.broadcast)."""
+        return {**vars(self), "checkpoint": shapes_of(self.checkpoint)}
+
     def words(self, step: int) -> str:
         """Where the run starts from, for the console."""
         if self.resumes:
             return f"resumed at step {step}"
         return f"from the weights of {self.source}" if self.source else "from step 0"
+
+
+def shapes_of(content: Any) -> Any:
+    """A content with tensors that have no values."""
+    if isinstance(content, dict):
+        return {key: shapes_of(part) for key, part in content.items()}
+    return content.to("meta") if isinstance(content, torch.Tensor) else content
 
 
 def start_run(config: TrainConfig) -> None:
@@ -66,8 +79,9 @@ def start_run(config: TrainConfig) -> None:
     Raises ValueError or FileNotFoundError, with nothing changed, for what cannot be run; Stopped
     where a signal asks to leave.
     """
-    check_shares(config, find_world())
+    check_layout(config, lay_out(config, find_world()))
     with joined(config.backend) as world, ExitStack() as stack:
+        world = lay_out(config, world)
         config, dataset = open_data(config, world)
         folder = broadcast(world, lambda: stack.enter_context(taken(config.out_dir)))
         start = broadcast(world, lambda: find_start(config, folder, dataset, world))
@@ -87,7 +101,7 @@ def train_from(start: Start, run: Run) -> None:
     """Write down what the run is, describe it, train it to its end, and say what came out."""
     state, world, began = run.state, run.world, time.perf_counter()
     with world.sharing_gradients(state.forward) as state.forward:  # DDP, of several processes
-        if world.size > 1:
+        if world.size > 1 and not world.splits:
             warm_up_ddp(state, next(run.micro_batches(0)), run.engine)
         broadcast(world, lambda: run.record(fresh=not start.resumes))
         describe(run, start.words(state.step))
@@ -150,14 +164,48 @@ def check_kind(config: TrainConfig, kind: str, whose: str) -> None:
         )
 
 
-def check_shares(config: TrainConfig, world: World) -> None:
-    """Raise ValueError where the micro-batches of an update cannot be dealt out evenly."""
-    n, size = config.gradient_accumulation_steps, world.size
-    if n % size:
+def lay_out(config: TrainConfig, world: World) -> World:
+    """The processes, holding the model as the config says."""
+    return replace(world, shard=config.shard, tensor=config.tensor_parallel)
+
+
+def check_layout(config: TrainConfig, world: World) -> None:
+    """Raise ValueError where the processes cannot share the model, or the batches, so."""
+    tensor, size, replicas = world.tensor, world.size, world.replicas
+    asked = f"tensor_parallel={tensor}"
+    if size % tensor:
         raise ValueError(
-            f"gradient_accumulation_steps={n}: {size} processes share the micro-batches of an "
-            f"update, so it must be a multiple of {size}, as {-(-n // size) * size}"
+            f"{asked}: {size} process{'es' * (size > 1)} cannot form groups of {tensor}; start "
+            f"a multiple of {tensor}: torchrun --nproc_per_node={-(-size // tensor) * tensor}"
         )
+    if tensor > 1 and replicas > 1 and not world.shard:
+        raise ValueError(
+            f"{asked} on {size} processes: add --shard=true, by which the {replicas} groups share "
+            f"the weights, or start {tensor} processes"
+        )
+    n = config.gradient_accumulation_steps
+    if n % replicas:
+        what = f"{replicas} {'groups' if tensor > 1 else 'processes'}"
+        raise ValueError(
+            f"gradient_accumulation_steps={n}: {what} share the micro-batches of an "
+            f"update, so it must be a multiple of {replicas}, as {-(-n // replicas) * replicas}"
+        )
+
+
+def check_split(shape: ModelConfig, engine: Engine, world: World) -> None:
+    """Raise ValueError where a model of that shape cannot be cut, or not trained in parts."""
+    n = world.tensor
+    for key in ("n_head", "n_kv_head", "n_hidden"):
+        if getattr(shape, key) % n:
+            raise ValueError(f"tensor_parallel={n}: must divide {key}={getattr(shape, key)}")
+    if (n - 1) * -(-shape.vocab_size // n) >= shape.vocab_size:
+        raise ValueError(f"tensor_parallel={n}: too many for vocab_size={shape.vocab_size}")
+    if world.splits and engine.dtype == "float16":
+        raise ValueError(
+            "dtype='float16': a model in parts is trained in bfloat16 or float32; choose one"
+        )
+    if world.splits and engine.compile:
+        raise ValueError("compile=True: a model in parts is not compiled; use --compile=auto")
 
 
 # ------------------------------------------------------------------------------------------
@@ -238,13 +286,16 @@ def make_ready(config: TrainConfig, dataset: Dataset, world: World, start: Start
         dataset = replace(dataset, tokenizer=largest)
         task = make_task(config, largest)
         torch.manual_seed(config.seed)
-        model = task.model(config.model_config())
-        engine = own_gpu(world, run_engine(config, model, hardware, start))
-        state = build_state(config, model, engine)
+        with without_weights() if world.splits else nullcontext():
+            model = task.model(config.model_config())
+        engine = own_gpu(world, run_engine(config, model, hardware, start, world))
+        check_split(model.config, engine, world)
+    with all_or_none(world):
+        state = build_state(config, model, engine, world)
         if start.resumes:
-            state.load_state_dict(start.checkpoint)
+            state.load_state_dict(start.checkpoint, world)
         elif start.checkpoint:
-            load_weights(state.model, **start.checkpoint)
+            load_weights(state.model, **start.checkpoint, world=world)
         run = Run(config, Path(config.out_dir), dataset, task, engine, state, world)
         next(run.micro_batches(state.step))  # wrong data shows before anything is written
     return run
@@ -307,29 +358,31 @@ def take_shape(config: TrainConfig, old: dict, source: str) -> TrainConfig:
     return replace(config, **taken)
 
 
-def load_weights(into: Transformer, *, model: dict[str, torch.Tensor], config: dict) -> None:
+@torch.no_grad()
+def load_weights(
+    into: Transformer, *, model: dict[str, torch.Tensor], config: dict, world: World = ALONE
+) -> None:
     """Load another model's weights: no more positions than fit, and no head of another kind.
 
-    model, config: its weights and the keys of its shape. Tokens that it does not know keep their
-    fresh embeddings.
+    model, config: its weights (those of process 0 count) and the keys of its shape. Tokens that it
+    does not know keep their fresh embeddings.
     """
     own, shape = into.state_dict(), into.config
-    weights = {name: model[name][: len(own[name])] for name in own if name in model}
     if n := shape.vocab_size - config["vocab_size"]:
         print(f"tokens    {n} fresh embeddings: the model did not know them")
-        tables = {"tokens.weight", "encoder.tokens.weight", "head.weight", "head.bias"}
-        for name in tables & weights.keys():
-            rows = own[name][len(weights[name]) :].cpu()
-            weights[name] = torch.cat((weights[name], rows))
+    kept = ()
     if any(config[key] != getattr(shape, key) for key in HEAD_KEYS):
         print(f"head      fresh: {len(shape.labels) or 'tokens and no'} labels")
-        weights |= {name: own[name] for name in own if name.startswith(("head.", "transform."))}
-    weights |= dict.fromkeys(tied(shape), weights["tokens.weight"])
-    into.load_state_dict(weights)
+        kept = ("head.", "transform.")
+    for name in own:
+        if name not in tied(shape) and not name.startswith(kept):
+            rows = world.broadcast(model[name])[: len(own[name])]
+            fresh = whole(own[name])[len(rows) :].cpu()
+            own[name].copy_(part_of(torch.cat((rows, fresh)), own[name]))
 
 
 def run_engine(
-    config: TrainConfig, model: Transformer, hardware: Hardware, start: Start
+    config: TrainConfig, model: Transformer, hardware: Hardware, start: Start, world: World
 ) -> Engine:
     """The engine that config and hardware give; auto keeps what it chose for the run before."""
     asked = {key: getattr(config, key) for key in ("device", "dtype", "compile")}
@@ -345,13 +398,20 @@ def run_engine(
     return choose_engine(hardware, **asked, flops=flops, many_shapes=many_shapes)
 
 
-def build_state(config: TrainConfig, model: Transformer, engine: Engine) -> TrainState:
-    """The model on its device, with its optimizer, before the first update."""
+def build_state(
+    config: TrainConfig, model: Transformer, engine: Engine, world: World = ALONE
+) -> TrainState:
+    """The model on its device, or this process's part of it, with its optimizer."""
     if engine.device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    model = model.to(engine.device)
     if config.recompute:
         recompute_blocks(model)
+    if world.splits:
+        from nanolm.parts import split_model  # takes time, and is seldom needed
+
+        split_model(model, world, engine)
+    else:
+        model = model.to(engine.device)
     groups = parameter_groups(model, config.weight_decay, config.optimizer)
     betas = (config.beta1, config.beta2)
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=betas)

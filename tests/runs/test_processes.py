@@ -77,19 +77,20 @@ def train_watched(fault: Callable[[TrainState, World], None], *arguments: str) -
     """
     rows, loop, update = [], run.train, training.update
 
-    def note(state):
-        parts = {"weights": state.model.state_dict(), "moments": state.optimizer.state_dict()}
+    def note(state, world):
+        whole = state.state_dict(world)  # nothing, in the others that hold parts of a model
+        parts = {"weights": whole["model"], "moments": whole["optimizer"]}
         row = {"step": state.step, "skipped": state.skipped, "scaler": state.scaler.state_dict()}
         rows.append(row | {key: fingerprint(part) for key, part in parts.items()})
 
     def watched_loop(watched):
         fault(watched.state, watched.world)
-        note(watched.state)
+        note(watched.state, watched.world)
         loop(watched)
 
     def watched_update(state, *details, **options):
         result = update(state, *details, **options)
-        note(state)
+        note(state, options["world"])
         return result
 
     run.train, training.update = watched_loop, watched_update
