@@ -5,5 +5,6 @@ import sys
 
 __version__ = "0.1.0"
 
-if sys.argv[0] == "-m" and "nanolm.runs.load" not in sys.orig_argv:  # python -m nanolm.<chapter>
+COMMANDS = {"nanolm.runs.load", "nanolm.plan"}
+if sys.argv[0] == "-m" and COMMANDS.isdisjoint(sys.orig_argv):  # python -m nanolm.<chapter>
     sys.exit("a chapter is to be read and imported: run train.py, sample.py or prepare.py")

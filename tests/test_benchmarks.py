@@ -8,7 +8,17 @@ import sys
 import pytest
 from conftest import write_texts_of_tasks
 
-from benchmarks import answers, compare, encoder, memory, sample, time_to_loss, tokenizer, train
+from benchmarks import (
+    answers,
+    compare,
+    encoder,
+    layouts,
+    memory,
+    sample,
+    time_to_loss,
+    tokenizer,
+    train,
+)
 from nanolm.runs.prepare import prepare
 from nanolm.text.corpus import Corpus
 from nanolm.text.documents import documents
@@ -210,3 +220,13 @@ def test_a_bad_word_is_one_line_before_any_work(name, words, message, monkeypatc
         compare.run_benchmark(importlib.import_module(f"benchmarks.{name}").main)
     said = f"{end.value.code}\n{capsys.readouterr().err}"
     assert message in said
+
+
+def test_layouts_are_measured_beside_what_is_planned(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(layouts, "LAYOUTS", {"one": (1, {}), "shards": (2, {"shard": True})})
+    keys = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32, "block_size": 8}
+    layouts.main([f"--json={tmp_path / 'x.json'}", f"--keys={json.dumps(keys)}", "--updates=2"])
+    results = json.loads((tmp_path / "x.json").read_text())
+    assert [len(results[layout]) for layout in ("one", "shards")] == [1, 2]
+    assert all(each["rate"] > 0 for each in results["shards"])
+    assert "planned" in capsys.readouterr().out

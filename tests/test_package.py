@@ -18,6 +18,7 @@ ROOMS = {
     "tasks": ("book", "text", "system"),
     "hub": ("book", "text", "tasks", "system"),
     "runs": ("book", "text", "tasks", "hub", "system"),
+    "plan": ("book", "runs", "system"),
 }
 
 

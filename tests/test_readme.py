@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser
 from nanolm.hub.models import export_model
 from nanolm.layers import ModelConfig
 from nanolm.model import build_model
+from nanolm.plan.__main__ import PlanConfig
 from nanolm.runs.load import WORDS, ExportConfig
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import load_config
@@ -34,7 +35,7 @@ SCRIPTS = {
     "prepare.py": (PrepareConfig, ("name",)),
     "sample.py": (SampleConfig, ()),
 }
-OTHERS = {"source", "vllm", "llama-cli", "convert_hf_to_gguf.py"}  # not ours
+OTHERS = {"source", "sbatch", "vllm", "llama-cli", "convert_hf_to_gguf.py"}  # not ours
 
 # Tokens that make no line a line of code.
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
@@ -59,6 +60,8 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
         assert set(words) <= set(targets)
     elif words[:2] == ["-m", "nanolm.runs.load"]:
         load_config(ExportConfig, words[2:], positional=WORDS)
+    elif words[:2] == ["-m", "nanolm.plan"]:
+        load_config(PlanConfig, words[2:])
     elif words[:1] == ["-m"]:
         importlib.import_module(words[1]).parser().parse_args(words[2:])
     elif program in ("python", "torchrun"):
@@ -75,7 +78,8 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_in_a_sentence_is_a_key_of_a_script(page):
     prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
-    keys = {f"--{field.name}" for cls, _ in SCRIPTS.values() for field in fields(cls)}
+    classes = [PlanConfig, *(cls for cls, _ in SCRIPTS.values())]
+    keys = {f"--{field.name}" for cls in classes for field in fields(cls)}
     flags = re.findall(r"`(--[\w-]+)", prose)
     assert set(flags) <= {"--help", *keys, *get_args_parser()._option_string_actions}
 

@@ -1,0 +1,153 @@
+"""Laws of the plan: what is computed before a run is what the run then needs."""
+
+import re
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.layouts import LAYOUTS, SHAPE, planned, train
+from nanolm.plan.__main__ import main
+from nanolm.plan.costs import GPUS, Costs, Layout, layouts
+from nanolm.plan.scaling import PUBLISHED, published
+from nanolm.runs.settings import TrainConfig
+from nanolm.system.config import load_config
+
+MODERN = {"norm": "rms", "position": "rotary", "mlp": "swiglu"}
+SMALL = TrainConfig(vocab_size=512, block_size=64, n_layer=4, n_head=4, n_embd=256)
+
+# ------------------------------------------------------------------------------------------
+# Against measurement
+
+QUICK = [("one", {}, "float32"), ("both, 2 x 2", MODERN, "bfloat16")]
+MORE = [
+    ("one", {"gradient_accumulation_steps": 1, "block_size": 512}, "float32"),
+    ("one", {"recompute": True, "block_size": 256}, "float32"),
+    ("one", {**MODERN, "optimizer": "muon", "n_kv_head": 2, "qk_norm": True}, "float32"),
+    ("one", {"dropout": 0.1, "bias": True, "tie_embeddings": False}, "float32"),
+    ("one", {"vocab_size": 30000, "n_layer": 4}, "float32"),
+    ("one", MODERN, "bfloat16"),
+    *((layout, {}, "float32") for layout in LAYOUTS if layout != "one"),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys", "dtype"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE)],
+    ids=str,
+)
+def test_the_memory_of_a_process_is_the_planned_one(layout, keys, dtype):
+    """Its peak, to a tenth."""
+    size, flags = LAYOUTS[layout]
+    keys = {**SHAPE, **keys, **flags}
+    peak = max(each["peak"] for each in train(size, keys, 2, dtype))
+    assert planned(size, keys, dtype) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, MODERN, {"n_kv_head": 1, "tie_embeddings": False}, {"causal": False}],
+    ids=str,
+)
+def test_the_operations_are_those_that_pytorch_counts(keys):
+    config = replace(SMALL, gradient_accumulation_steps=1, batch_size=3, n_hidden=None, **keys)
+    costs = Costs(config, Layout(), dtype="float32", device="cpu")
+    ids = torch.zeros(3, 64, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        logits, _ = costs.model(ids)
+        logits.sum().backward()
+    assert costs.useful_flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_published_runs_are_met_where_nothing_waits_for_messages():
+    """To 2%. The others wait less than is computed here: they send half as much."""
+    pairs = [pair for each in published().values() for pair in each]
+    assert len(pairs) == len(PUBLISHED)
+    off = [computed / said - 1 for computed, said in pairs]
+    assert sum(abs(each) < 0.02 for each in off) == 3
+    assert all(-0.4 < each < 0.02 for each in off)
+
+
+# ------------------------------------------------------------------------------------------
+# Layouts
+
+
+def test_the_layouts_are_those_that_training_accepts():
+    config = replace(SMALL, n_head=6, n_kv_head=3, head_size=8, n_hidden=24)
+    assert {(each.replicas, each.tensor) for each in layouts(12, config)} == {(12, 1), (4, 3)}
+    assert all(each.shard for each in layouts(12, config) if each.tensor > 1)
+    assert [each.flags for each in layouts(1, config)] == ["", "--recompute=true"]
+
+
+def test_parts_need_less_each_and_recomputing_less_for_activations():
+    def memory(*layout):
+        return Costs(SMALL, Layout(*layout), dtype="bfloat16").memory()
+
+    for part in ("weights", "gradients", "optimizer"):
+        assert memory(8, 1, True)[part] < memory(2, 1, True)[part] < memory(2)[part]
+        assert memory(1, 4)[part] < memory(1, 2)[part] < memory()[part]
+    assert memory(1, 1, False, True)["activations"] < memory()["activations"] / 3
+
+
+def test_messages_take_time_where_there_is_someone_to_tell():
+    def seconds(*layout):
+        return Costs(SMALL, Layout(*layout), dtype="bfloat16").seconds(GPUS["a100"], 0.5)
+
+    work, between, within = seconds()
+    assert work > 0
+    assert (between, within) == (0, 0)
+    assert seconds(8)[1] > 0 == seconds(8)[2]
+    assert seconds(1, 8)[2] > 0 == seconds(1, 8)[1]
+    assert seconds(16)[1] > 5 * seconds(8)[1]  # another machine is farther away
+
+
+# ------------------------------------------------------------------------------------------
+# The command
+
+WORDS = ["--n_layer=4", "--vocab_size=512", "--gradient_accumulation_steps=8", "--max_iters=10"]
+
+
+def test_the_cheapest_layout_is_printed_as_flags_that_train_takes(capsys):
+    main([*WORDS, "--n_layer=12", "--n_embd=6144", "--n_head=48", "--batch_size=32"])
+    out = capsys.readouterr().out
+    (flags,) = re.findall(r"^cheapest +(--.*)$", out, re.MULTILINE)
+    assert isinstance(load_config(TrainConfig, flags.split()), TrainConfig)
+    rows = [line for line in out.splitlines() if line.startswith(("--", "no flags"))]
+    assert any(line.endswith("does not fit") for line in rows)
+    (chosen,) = (line for line in rows if line.startswith(f"{flags} "))
+    assert not chosen.endswith("does not fit")
+
+
+def test_a_vocabulary_that_nobody_named_is_said(capsys):
+    main(WORDS[:1])
+    assert "50,257 tokens, as GPT-2's; --vocab_size" in capsys.readouterr().out
+
+
+def test_the_picture_is_drawn(workplace):
+    main([*WORDS, "--picture=scaling.png"])
+    assert (workplace / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu=tpu"], "gpu='tpu': choose one of b200, h200, h100, a100, rtx4090"),
+        (["--gpus=0"], "gpus=0: must be at least 1"),
+        (["--utilization=1.5"], "utilization=1.5: must be above 0, at most 1"),
+        (
+            ["--gradient_accumulation_steps=3"],
+            "8 GPUs cannot share them evenly",
+        ),
+        (["--batch_size=100000", "--gpu=rtx4090"], "nothing fits into 92% of a rtx4090"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_planned_is_one_line(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main([*WORDS, *words])
+
+
+def test_every_gpu_has_all_its_numbers():
+    for gpu in GPUS.values():
+        assert all(getattr(gpu, field.name) > 0 for field in fields(gpu))
