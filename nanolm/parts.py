@@ -8,6 +8,7 @@ The parameters become DTensors, which know how they lie among the processes: PyT
 work on them as on others, and full_tensor() puts one together.
 """
 
+import logging
 from functools import partial
 
 import torch
@@ -37,6 +38,7 @@ WHOLE = (Replicate(), Replicate())
 
 def split_model(model: Transformer, world: World, engine: Engine) -> None:
     """Give this process its part of a model without weights, on its device, freshly drawn."""
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it is chatty
     shape, buffers = (world.replicas, world.tensor), dict(model.named_buffers())
     mesh = init_device_mesh(engine.device_type, shape, mesh_dim_names=("data", "tensor"))
     if world.tensor > 1:

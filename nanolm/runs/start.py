@@ -176,7 +176,8 @@ def check_layout(config: TrainConfig, world: World) -> None:
     if size % tensor:
         raise ValueError(
             f"{asked}: {size} process{'es' * (size > 1)} cannot form groups of {tensor}; start "
-            f"a multiple of {tensor}: torchrun --nproc_per_node={-(-size // tensor) * tensor}"
+            f"a multiple of {tensor}, as torchrun --nproc_per_node={-(-size // tensor) * tensor}, "
+            "or add --tensor_parallel=1"
         )
     if tensor > 1 and replicas > 1 and not world.shard:
         raise ValueError(
