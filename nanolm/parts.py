@@ -42,8 +42,9 @@ def split_model(model: Transformer, world: World, engine: Engine) -> None:
     shape, buffers = (world.replicas, world.tensor), dict(model.named_buffers())
     mesh = init_device_mesh(engine.device_type, shape, mesh_dim_names=("data", "tensor"))
     if world.tensor > 1:
-        for name, layer in list(model.named_modules()):
-            split_layer(layer, name.rpartition(".")[2], mesh["tensor"])
+        for path, layer in list(model.named_modules()):
+            labels = layer is model.head and model.config.head != "tokens"  # they may be too few
+            split_layer(layer, "labels" if labels else path.rpartition(".")[2], mesh["tensor"])
         model.tie()
     if world.shard:
         narrow = None if engine.dtype == "float32" else DTYPES[engine.dtype]

@@ -149,6 +149,7 @@ CLASSIC = ["--norm=layer", "--bias=true", "--position=learned", "--mlp=gelu"]
     ("layout", "keys"),
     [
         ("split2", GROUPED),
+        ("split3", TASKS["classification"]),
         ("both", [*CLASSIC, "--recompute=true"]),
         ("shards2", [*CLASSIC, "--recompute=true"]),
         ("split2", ["--optimizer=sgd", "--learning_rate=1"]),

@@ -128,15 +128,15 @@ def prepare_disturbed(number: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(trained_place, tmp_path_factory) -> Callable[[int], dict]:
-    """undisturbed(n) -> what a run of n processes leaves where nothing happens to it."""
+def undisturbed(trained_place, tmp_path_factory) -> Callable[..., dict]:
+    """undisturbed(n, *keys) -> what a run of n processes leaves where nothing happens to it."""
 
     @functools.cache
-    def outcome_of(n: int) -> dict:
+    def outcome_of(n: int, *keys: str) -> dict:
         place = tmp_path_factory.mktemp("undisturbed")
         shutil.copytree(trained_place, place, dirs_exist_ok=True)
         with contextlib.chdir(place):
-            assert end(*start_ranks(n, run_train, *AUTO)) == [0] * n
+            assert end(*start_ranks(n, run_train, *AUTO, *keys)) == [0] * n
             return outcome(RUN)
 
     return outcome_of
@@ -230,6 +230,17 @@ def test_a_signal_is_answered_after_the_update_or_in_the_evaluation(
         assert end(*start_ranks(n, run_train, *AUTO)) == [0] * n
     assert said.count(f"saved     step {step} in out/x\n") == 1
     assert outcome(RUN) == undisturbed(n)
+
+
+@pytest.mark.parametrize("layout", ["--shard=true", "--tensor_parallel=2"])
+@pytest.mark.parametrize(("moment", "call", "step"), [("update", 3, 3), ("evaluation", 3, 4)])
+def test_a_signal_is_answered_in_every_layout(moment, call, step, layout, tiny_run, undisturbed):
+    act = partial(send, SIGTERM, (1,))
+    codes = end(*start_ranks(2, train_disturbed, moment, call, act, *AUTO, layout))
+    assert codes == [128 + SIGTERM] * 2
+    assert said_by(2).endswith(goodbye(SIGTERM, step))
+    assert end(*start_ranks(2, run_train, *AUTO, layout)) == [0, 0]
+    assert outcome(RUN) == undisturbed(2, layout)
 
 
 @signals_and_ns
@@ -472,19 +483,26 @@ def test_torchrun_passes_signals_on_and_its_run_goes_on(tiny_run):
 
 
 @pytest.mark.parametrize(
-    ("moment", "call", "of", "number"),
+    ("moment", "call", "of", "number", "keys"),
     [
-        ("update", 6, 1, signal.SIGKILL),
-        pytest.param("update", 1, 0, None, marks=pytest.mark.long),
-        pytest.param("update", 1, 1, signal.SIGKILL, marks=pytest.mark.long),
-        pytest.param("update", 6, 0, signal.SIGKILL, marks=pytest.mark.long),
-        pytest.param("update", 8, 1, None, marks=pytest.mark.long),
-        pytest.param("save", 2, 0, signal.SIGKILL, marks=pytest.mark.long),
-        pytest.param("evaluation", 5, 1, None, marks=pytest.mark.long),
+        ("update", 6, 1, signal.SIGKILL, ["--shard=true"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                ("update", 6, 1, signal.SIGKILL, []),
+                ("update", 1, 0, None, []),
+                ("update", 1, 1, signal.SIGKILL, []),
+                ("update", 6, 0, signal.SIGKILL, []),
+                ("update", 6, 0, signal.SIGKILL, ["--tensor_parallel=2"]),
+                ("update", 8, 1, None, []),
+                ("save", 2, 0, signal.SIGKILL, ["--shard=true"]),
+                ("evaluation", 5, 1, None, []),
+            ]
+        ),
     ],
 )
 def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(
-    moment, call, of, number, tiny_run, undisturbed
+    moment, call, of, number, keys, tiny_run, undisturbed
 ):
     """A process dies; the others notice and leave; torchrun starts all again, with the words that
     began the run; and they go on from its last checkpoint.
@@ -498,12 +516,12 @@ def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(
         f"act = partial(die, {number and int(number)}, {of})\n"
         f"train_disturbed({moment!r}, {call}, act, *sys.argv[1:])\n"
     )
-    with torchrun("--max-restarts=2", "script.py", *FLAGS) as process:
+    with torchrun("--max-restarts=2", "script.py", *FLAGS, *keys) as process:
         assert process.wait(300) == 0, Path("log.txt").read_text()
     said = Path("log.txt").read_text()
     assert ("resumed at step 4" in said) == (call > 1)
     assert said.count("run       out/x, ") == 2
-    assert outcome(RUN) == undisturbed(2)
+    assert outcome(RUN) == undisturbed(2, *keys)
 
 
 @pytest.mark.parametrize(("moment", "call"), [("start-up", 1), ("update", 2), ("update", 6)])
