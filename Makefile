@@ -1,5 +1,6 @@
 # nanolm: `make train` and `make test` are all one needs; each sets up .venv by itself.
 PYTHON = .venv/bin/python
+ALL_CORES = -n auto --dist worksteal
 
 .PHONY: train test test-book test-long lint clean
 
@@ -8,9 +9,9 @@ train: .venv/ready
 	$(PYTHON) train.py config/pydocs.py --init_from=auto
 	$(PYTHON) sample.py --out_dir=out/pydocs --num_samples=1 --max_new_tokens=200
 
-# Prove every formula and every promise.
+# Prove every formula and every promise, on all cores.
 test: .venv/ready
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(ALL_CORES)
 
 # Those of the book alone: what a learner runs after a change.
 test-book: .venv/ready
@@ -18,7 +19,7 @@ test-book: .venv/ready
 
 # The same with the large counts, too.
 test-long: .venv/ready
-	$(PYTHON) -m pytest -m "long or not long"
+	$(PYTHON) -m pytest $(ALL_CORES) -m "long or not long"
 
 # Check style and format.
 lint: .venv/ready
