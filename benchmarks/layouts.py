@@ -29,7 +29,7 @@ from nanolm.plan.costs import Costs, Layout
 from nanolm.precision import Engine
 from nanolm.runs.settings import TrainConfig
 from nanolm.runs.start import build_state
-from nanolm.training import TrainState, update
+from nanolm.training import TrainState, update, warm_up_ddp
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +91,8 @@ def measure(keys: dict, updates: int, dtype: str) -> dict:
         before = megabytes("VmRSS")
         state = prepared(each, world, engine)
         with world.sharing_gradients(state.forward) as state.forward:
+            if size > 1 and not world.splits:
+                warm_up_ddp(state, batches_of(each, 0)[0], engine)
             times = []
             for step in range(updates):
                 data, started = batches_of(each, step), time.perf_counter()

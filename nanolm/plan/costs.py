@@ -138,9 +138,12 @@ class Costs:
         kept = own / (layout.replicas if layout.shard else 1)
         sharded = layout.shard and layout.replicas > 1
         gathered = (self.width * 2 * block + 4 * rest) * sharded
-        kept_gradients = 4 * (block + rest) * sharded
-        if self.micro_batches > 1 or (layout.replicas > 1 and not sharded):
-            kept_gradients += 4 * kept + 4 * rest * (not sharded and not self.in_chunks)
+        traveling = 4 * (block + rest) * sharded
+        buckets = 4 * kept * (layout.replicas > 1 and not sharded)  # what replicas sum, in DDP
+        before = 0.0  # of an earlier micro-batch, beside those of this one
+        if self.micro_batches > 1:
+            before = 4 * kept + 4 * rest * (not sharded and not self.in_chunks)
+        gone = 4 * kept + traveling  # when all activations are
         narrow = 0.0  # copies in bfloat16, which the graph of a forward pass keeps
         if self.width < 4 and not sharded:
             narrow = 2 * (block if layout.recompute else own)
@@ -156,7 +159,7 @@ class Costs:
             step = 4 * COPIES * max(alike.values()) + 4 * kept
         return {
             "weights": 4 * kept + gathered + narrow,
-            "gradients": max(kept_gradients, 4 * kept - passing, step - passing),
+            "gradients": max(before + buckets + traveling, gone - passing, step - passing),
             "optimizer": per_weight * kept,
             "activations": activations,
             "logits": logits,
