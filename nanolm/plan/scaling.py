@@ -92,8 +92,11 @@ def draw_scaling(config: Any, path: str | Path) -> None:
     axes.set(xlabel="GPUs", ylabel="model operations, of the peak", ylim=(0, 0.7))
     axes.grid(alpha=0.3)
     axes.legend()
-    with whole_file(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=120)
+    try:
+        with whole_file(Path(path)) as file:
+            figure.savefig(file, format="png", dpi=120)
+    except OSError as error:
+        raise ValueError(f"picture={path}: cannot be written: {error.strerror}") from None
     for n, computed, said in pairs:
         print(f"MPT on {n:4} A100s: {computed:.3f} of the peak computed, {said:.3f} published")
     print(f"picture    {path}")

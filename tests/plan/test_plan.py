@@ -133,6 +133,7 @@ def test_the_picture_is_drawn(workplace):
     ("words", "message"),
     [
         (["--gpu=tpu"], "gpu='tpu': choose one of b200, h200, h100, a100, rtx4090"),
+        (["--picture=none/x.png"], "picture=none/x.png: cannot be written: No such file"),
         (["--gpus=0"], "gpus=0: must be at least 1"),
         (["--utilization=1.5"], "utilization=1.5: must be above 0, at most 1"),
         (
