@@ -54,8 +54,7 @@ def split_model(model: Transformer, world: World, engine: Engine) -> None:
         fully_shard(model, mesh=mesh["data"])
         if isinstance(model, EncoderDecoder):
             register_fsdp_forward_method(model, "encode")
-    model.to_empty(device=engine.device)
-    model.tie()
+    model.to_empty(device=engine.device)  # what is tied stays so
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     init_weights(model, normal_)
