@@ -80,7 +80,8 @@ def projected_cross_entropy(
         weight = torch.cat((weight, bias[:, None]), dim=1)
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()  # asks for no gradients
-    rows = max(1, chunk // max(1, len(weight)))
+    most = len(weight) if group is None else -(-n_tokens // group.size())  # alike in all of them
+    rows = max(1, chunk // most)
     options = rows, smoothing, n_tokens, group
     return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), *options)
 

@@ -279,11 +279,11 @@ class Run:
         """A title, and a text that shows what the model does now (see the task's show)."""
         model = self.state.model.eval()
         generator = torch.Generator(self.engine.device).manual_seed(self.config.seed)
-        title, pieces = self.task.show(
-            model, self.dataset, tokens=self.config.sample_tokens, generator=generator
-        )
         heard = () if self.world.splits else self.signals  # those that came to this process alone
         with self.engine.autocast():
+            title, pieces = self.task.show(
+                model, self.dataset, tokens=self.config.sample_tokens, generator=generator
+            )
             text = "".join(takewhile(lambda _: not heard, pieces))
         model.train()
         return title, text.strip("\n")
