@@ -77,7 +77,8 @@ def test_bert_is_finetuned_on_labelled_texts_and_handed_on(workplace, run_main):
     assert out.endswith("written to there as BertForSequenceClassification\n")
     theirs = pipeline("text-classification", "there", device="cpu", top_k=None)
     for text, label in [("3 and 3 wolfs", "few"), ("4 and 59 owls", "many")]:
-        code, out, _ = run_main("sample", "--out_dir=out/kinds", f"--start={text}")
+        words = ["--out_dir=out/kinds", f"--start={text}", "--dtype=float32"]
+        code, out, _ = run_main("sample", *words)
         assert out.startswith(f"{label} ")
         assert as_printed(theirs([text])[0], [], "text", None) in out
 
