@@ -7,6 +7,7 @@ the median of its turns, and what counts is the ratio.
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,12 @@ def run_benchmark(main: Callable[[list[str]], None]) -> None:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:  # it has said why
         sys.exit(f"error: {error.cmd[:3]} ended with exit code {error.returncode}")
+
+
+def megabytes(field: str) -> float:
+    """A number of this process that Linux knows: VmHWM, the peak; VmRSS, what it holds now."""
+    status = Path("/proc/self/status").read_text()  # getrusage counts the parent's, too
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024 / 1e6
 
 
 def plain_updates(

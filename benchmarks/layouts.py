@@ -9,27 +9,25 @@ stands what nanolm.plan computes. The allocator gives memory back at once, as a 
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.compare import arguments, run_benchmark, write
+from benchmarks.compare import arguments, megabytes, run_benchmark, write
 from nanolm.model import build_model
-from nanolm.parallel import World, without_weights
+from nanolm.parallel import World
 from nanolm.plan.costs import Costs, Layout
 from nanolm.precision import Engine
 from nanolm.runs.settings import TrainConfig
-from nanolm.runs.start import build_state
-from nanolm.training import TrainState, update, warm_up_ddp
+from nanolm.runs.start import build_state, fresh_model
+from nanolm.training import update, warm_up_ddp
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,20 +53,6 @@ SHAPE = {
 }
 
 
-def megabytes(field: str) -> float:
-    """A number of this process that Linux knows: VmHWM, the peak; VmRSS, what it holds now."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024 / 1e6
-
-
-def prepared(config: TrainConfig, world: World, engine: Engine) -> TrainState:
-    """The state of a run in its layout."""
-    torch.manual_seed(0)
-    with without_weights() if world.splits else nullcontext():
-        model = build_model(config.model_config())
-    return build_state(config, model, engine, world)
-
-
 def batches_of(config: TrainConfig, step: int) -> list[dict]:
     """The micro-batches of an update."""
     random = np.random.default_rng(step)
@@ -89,9 +73,9 @@ def measure(keys: dict, updates: int, dtype: str) -> dict:
     small = dict(keys, n_layer=1, n_embd=64, n_head=8, vocab_size=64, n_hidden=64, block_size=8)
     for each in (TrainConfig(**small), config):
         before = megabytes("VmRSS")
-        state = prepared(each, world, engine)
+        state = build_state(each, fresh_model(each, build_model, world), engine, world)
         with world.sharing_gradients(state.forward) as state.forward:
-            if size > 1 and not world.splits:
+            if world.replicates:
                 warm_up_ddp(state, batches_of(each, 0)[0], engine)
             times = []
             for step in range(updates):

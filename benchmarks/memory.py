@@ -6,7 +6,6 @@ Each runs in a process of its own. On a CPU the peak is that of the process (its
 memory, less the highest before); on a GPU, that of the allocator. It takes 2.5 GB and minutes.
 """
 
-import re
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks.compare import arguments, clock_for, contest, run_benchmark, write
+from benchmarks.compare import arguments, clock_for, contest, megabytes, run_benchmark, write
 from nanolm.loss import cross_entropy, projected_cross_entropy
 from nanolm.precision import choose_device, find_hardware
 
@@ -31,8 +30,7 @@ def peak(device: str) -> float:
     """The highest memory use so far, in MB."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e6
-    status = Path("/proc/self/status").read_text()  # of Linux, where getrusage counts the parent's
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6
+    return megabytes("VmHWM")
 
 
 def inputs_of(tokens: tuple[int, int], vocabulary: int, device: str) -> tuple[torch.Tensor, ...]:
@@ -76,8 +74,8 @@ def main(words: list[str]) -> None:
         results[way] = float(out)
     first = results["in chunks"]
     print(f"loss and backward, {TOKENS[0]} x {TOKENS[1]} tokens of {VOCABULARY} kinds")
-    for way, megabytes in results.items():
-        print(f"    {way:12} {megabytes:8.0f} MB   x {megabytes / first:6.2f}")
+    for way, size in results.items():
+        print(f"    {way:12} {size:8.0f} MB   x {size / first:6.2f}")
     inputs = inputs_of(TOKENS, VOCABULARY, device)
     runs = {
         name: lambda way=way: torch.autograd.grad(way(*inputs), inputs[:2])

@@ -53,12 +53,12 @@ def plans(config: PlanConfig) -> list[Costs]:
 
 def row(costs: Costs, config: PlanConfig) -> str:
     """A layout's line of the table."""
-    gpu, parts = GPUS[config.gpu], [*costs.memory().values(), costs.total()]
+    gpu, parts = GPUS[config.gpu], costs.memory().values()
     work, *messages = costs.seconds(gpu, config.utilization)
     times = work, sum(messages), costs.duration(gpu, config.utilization)
-    numbers = "".join(f"{part / GB:9.2f}" for part in parts)
+    numbers = "".join(f"{part / GB:9.2f}" for part in (*parts, sum(parts)))
     numbers += "".join(f"{time * 1e3:9,.0f}" for time in times)
-    fits = "" if costs.total() <= USABLE * gpu.memory else "  does not fit"
+    fits = "" if costs.fits(gpu) else "  does not fit"
     return f"{costs.layout.flags or 'no flags':52}{numbers}{fits}"
 
 
@@ -77,22 +77,12 @@ def main(arguments: list[str]) -> None:
     print(f"cache      {first.cache() / GB:.3f} GB for a text of {config.block_size} tokens")
     device = f"{config.gpus} x {config.gpu} with {gpu.memory / GB:.0f} GB"
     print(f"on         {device}, {config.width} at {config.utilization:.0%} of {gpu.flops:.3g}/s")
-    heads = (
-        "weights",
-        "grads",
-        "moments",
-        "activ.",
-        "logits",
-        "all",
-        "work",
-        "messages",
-        "update",
-    )
-    titles = "".join(f"{head:>9}" for head in heads)
+    heads = "weights grads moments activ. logits all work messages update"
+    titles = "".join(f"{head:>9}" for head in heads.split())
     print(f"\n{'memory of each in GB, times in ms':52}{titles}")
     for costs in found:
         print(row(costs, config))
-    fit = [costs for costs in found if costs.total() <= USABLE * gpu.memory]
+    fit = [costs for costs in found if costs.fits(gpu)]
     if not fit:
         raise ValueError(
             f"nothing fits into {USABLE:.0%} of a {config.gpu}: more gpus, a smaller batch_size"

@@ -4,20 +4,21 @@ With P parameters, L blocks of C channels, a attention heads of A channels in al
 keys, F inside the MLP, V tokens in the vocabulary, micro-batches of B sequences of T tokens, w
 bytes for a number in a matrix product (4, or 2 in bfloat16), bytes per process are:
 
-    weights, gradients   4 P each; in bfloat16 2 P more, of copies
+    weights, gradients   4 P each; in bfloat16 2 P more, of copies; 4 P more of DDP's buckets
     optimizer            8 P of AdamW and LAMB, 4 P of SGD; of Muon 4 for each hidden weight
     activations          B T (L block + 4 C + w C)
         block            8 C + w (2 C + A + F) + w (A + 2 K) + MLP + attention + dropout
         MLP              w F (gated: 3 w F)
-        attention        fused: w A + 4 a; by the formula: 4 a T, and w a T where w < 4 or dropped
-    logits               12 B T V, or of a chunk of them; the loss in chunks also holds C (B T + V)
-    cache                2 w L K for each token of a text that is sampled
+        attention        fused: w A + 4 a; by the formula: 4 a T, and in bfloat16 w a T more,
+                         or with dropout (4 + w) a T
+    logits               12 B T V; in chunks (8 + w) for each of a chunk, and 4 C (B T + V)
+    cache                8 L K for each token of a text that is sampled
 
 in the manner of Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer
 Models, section 4), for these layers and precisions. A block that is computed again keeps 4 C, and
 one of them is whole at a time. Shards divide the first three by their number (Rajbhandari et al.
 2020, ZeRO, section 5), but hold some blocks, and the embeddings, whole. Split matrices divide
-their part of these, and all of a block but 16 C + 2 w C. A gradient comes when its activation
+their part of these, and all of a block but 8 C + 2 w C. A gradient comes when its activation
 goes; so the two only add up where gradients are kept from one micro-batch to the next.
 
 Operations are 6 per parameter and token, and those of attention (Hoffmann et al. 2022, appendix F,
@@ -39,7 +40,7 @@ from nanolm.layers import GatedMLP, ModelConfig
 from nanolm.loss import CHUNK
 from nanolm.model import Tower, Transformer, build_model, count_parameters, flops_per_token
 from nanolm.optim import parameter_groups, wide
-from nanolm.parts import PLANS
+from nanolm.parts import PLANS, WHOLE
 from nanolm.precision import DTYPES
 from nanolm.runs.settings import TrainConfig
 
@@ -113,28 +114,26 @@ class Costs:
         self.micro_batches = max(1, config.gradient_accumulation_steps // layout.replicas)
         tokens = config.batch_tokens or config.batch_size * config.block_size
         self.tokens = tokens  # of a micro-batch
-        self.parameters = count_parameters(self.model)
+        self.parameters, self.blocks = count_parameters(self.model), tower_blocks(self.model)
         self.chunk = CHUNK[device]
         fits = tokens * config.vocab_size <= self.chunk
         self.in_chunks = config.head == "tokens" and not (fits and layout.tensor == 1)
 
     def share(self, model: torch.nn.Module) -> float:
         """How many of a model's parameters a process has, before they are sharded."""
-        names = {id(p): name for name, p in model.named_parameters()}
-        split = [name.split(".")[-2:] for name in names.values()]
-        sizes = [p.numel() for p in model.parameters()]
-        n = self.layout.tensor
-        return sum(
-            size / (n if layer in PLANS and PLANS[layer][kind == "bias"].is_shard() else 1)
-            for size, (layer, kind) in zip(sizes, split, strict=True)
-        )
+        total = 0.0
+        for name, p in model.named_parameters():
+            layer, kind = name.split(".")[-2:]
+            weight, bias = PLANS.get(layer, WHOLE)
+            split = (bias if kind == "bias" else weight).is_shard()
+            total += p.numel() / (self.layout.tensor if split else 1)
+        return total
 
     def memory(self) -> dict[str, float]:
         """Bytes of a process by part, at the peak of an update."""
         layout, config = self.layout, self.config
-        own, blocks = self.share(self.model), [*tower_blocks(self.model)]
-        block = max(self.share(each) for each in blocks)
-        rest = own - sum(self.share(each) for each in blocks)
+        own, shares = self.share(self.model), [self.share(block) for block in self.blocks]
+        block, rest = max(shares), own - sum(shares)
         kept = own / (layout.replicas if layout.shard else 1)
         sharded = layout.shard and layout.replicas > 1
         gathered = (self.width * 2 * block + 4 * rest) * sharded
@@ -168,13 +167,12 @@ class Costs:
     def activations(self) -> float:
         """Bytes that the forward pass of a micro-batch keeps for the backward pass."""
         config, w = self.config, self.width
-        blocks = [*tower_blocks(self.model)]
-        each = [self.block(block) for block in blocks]
+        each = [self.block(block) for block in self.blocks]
         ends = self.tokens * (4 + w) * config.n_embd
         if not self.layout.recompute:
             return self.tokens * sum(each) + ends
         one = max(0.0, self.tokens * max(each) - self.logits())  # when these are gone
-        return self.tokens * 4 * config.n_embd * len(blocks) + one + ends
+        return self.tokens * 4 * config.n_embd * len(self.blocks) + one + ends
 
     def block(self, block: torch.nn.Module) -> float:
         """Bytes that a block keeps for each token."""
@@ -217,6 +215,10 @@ class Costs:
         """Bytes of a process, in all."""
         return sum(self.memory().values())
 
+    def fits(self, gpu: GPU) -> bool:
+        """Whether a process has room for it."""
+        return self.total() <= USABLE * gpu.memory
+
     @property
     def useful_flops(self) -> float:
         """Operations of an update, in all processes, without those that are done again."""
@@ -230,10 +232,9 @@ class Costs:
         work = self.useful_flops * again / (n * t * gpu.flops * utilization)
         own = self.share(self.model)
         sent = 2 * 4 * own if not layout.shard else self.micro_batches * (2 * w + 4) * own
-        speed = gpu.near if n * t <= PER_MACHINE else min(gpu.far, gpu.near)
+        speed = gpu.near if n * t <= PER_MACHINE else gpu.far
         between = sent * (n - 1) / n / speed
-        blocks = len([*tower_blocks(self.model)])
-        sums = 4 * blocks * self.micro_batches * self.tokens * self.config.n_embd * w
+        sums = 4 * len(self.blocks) * self.micro_batches * self.tokens * self.config.n_embd * w
         within = 2 * sums * (t - 1) / t / gpu.near
         return work, between, within
 

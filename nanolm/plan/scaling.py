@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolm.plan.costs import GPU, GPUS, USABLE, Costs, Layout, layouts
+from nanolm.plan.costs import GPU, GPUS, Costs, Layout, layouts
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.files import whole_file
 
@@ -19,9 +19,9 @@ COUNTS = [2**i for i in range(6, 15)]  # 64 to 16,384
 MPT = TrainConfig(vocab_size=50368, block_size=2048, gradient_accumulation_steps=128)
 PUBLISHED = {
     ((40, 40, 5120), 64, 16): 0.5204,
+    ((80, 64, 8192), 64, 2): 0.3587,
     ((40, 40, 5120), 128, 16): 0.5193,
     ((48, 56, 7168), 128, 6): 0.5225,
-    ((80, 64, 8192), 64, 2): 0.3587,
     ((80, 64, 8192), 128, 4): 0.4891,
 }
 REACHED = 0.7  # of the peak, by the products of these runs, where nothing waits
@@ -50,15 +50,15 @@ def rates(config: Any, *, grow: bool) -> dict[int, float]:
             break
         each = replace(config, gradient_accumulation_steps=steps, batch_size=size)
         every = [Costs(each, layout, dtype=config.width) for layout in layouts(n, each)]
-        fit = [costs for costs in every if costs.total() <= USABLE * gpu.memory]
+        fit = [costs for costs in every if costs.fits(gpu)]
         if fit:
             found[n] = max(useful(costs, gpu, config.utilization) for costs in fit)
     return found
 
 
-def published() -> dict[int, list[tuple[float, float]]]:
-    """What is computed for the runs of PUBLISHED, and what they say, by the number of GPUs."""
-    found = {}
+def published() -> list[tuple[int, float, float]]:
+    """Of each run of PUBLISHED: its GPUs, what is computed for it, and what it says."""
+    found = []
     for ((n_layer, n_head, n_embd), n, size), said in PUBLISHED.items():
         shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_kv_head": None}
         derived = {"head_size": None, "n_hidden": None}
@@ -66,7 +66,7 @@ def published() -> dict[int, list[tuple[float, float]]]:
         layout = Layout(n, shard=True, recompute=True)
         costs = Costs(config, layout, dtype="bfloat16")
         computed = useful(costs, GPUS["a100"], REACHED)
-        found.setdefault(n, []).append((computed, said))
+        found.append((n, computed, said))
     return found
 
 
@@ -81,7 +81,7 @@ def draw_scaling(config: Any, path: str | Path) -> None:
     for grow, label in ((False, "of one size"), (True, "that grow with them")):
         found = rates(config, grow=grow)
         axes.plot([*found], [*found.values()], "o-", label=f"{config.gpu}: updates {label}")
-    pairs = [(n, *pair) for n, each in published().items() for pair in each]
+    pairs = published()
     gpus, computed, said = np.transpose(pairs)
     axes.vlines(gpus, computed, said, "C3", linewidth=0.5)
     axes.plot(gpus, computed, "C3+", label="MPT on A100, computed")
