@@ -134,7 +134,8 @@ class Muon(torch.optim.Optimizer):
         """One step of the hidden matrices."""
         batches = defaultdict(list)
         for i, p in enumerate(matrices):
-            batches[wide(p).shape, i * in_parts(p)].append(p)  # whole ones: one by one
+            # those in parts are put together alone, so that only one is whole at a time
+            batches[wide(p).shape, i * in_parts(p)].append(p)
         for (shape, _), batch in batches.items():
             momenta = [wide(whole(self.momentum(p, beta))) for p in batch]
             for p, direction in zip(batch, orthogonalize(torch.stack(momenta)), strict=True):

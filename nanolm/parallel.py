@@ -87,10 +87,15 @@ class World:
         """Whether each process holds only a part of the model."""
         return self.tensor > 1 or (self.shard and self.size > 1)
 
+    @property
+    def replicates(self) -> bool:
+        """Whether each of several processes holds the whole model, which DDP keeps alike."""
+        return self.size > 1 and not self.splits
+
     @contextmanager
     def sharing_gradients(self, forward: nn.Module) -> Iterator[nn.Module]:
         """forward, with its parameters' gradients averaged over all replicas by each backward."""
-        if self.size == 1 or self.splits:
+        if not self.replicates:
             yield forward
             return
         ddp = DistributedDataParallel(
@@ -108,7 +113,7 @@ class World:
         The last micro-batch of an update exchanges them for all. (DDP's no_sync sets the same.)
         Not so of shards: a process would have to keep the gradients of the whole model until then.
         """
-        if self.size > 1 and not self.splits:
+        if self.replicates:
             forward.require_backward_grad_sync = sync
 
     def all_reduce(self, numbers: Tensor) -> Tensor:
@@ -145,7 +150,7 @@ def without_weights() -> Iterator[None]:
 
 @torch.no_grad()
 def gathered(content: Any, world: World) -> Any:
-    """A content with all its tensors whole, in process 0; None for each of them in the others.
+    """A content with its DTensors whole, on the CPU of process 0; None for each in the others.
 
     All must ask for it. They come one after the other, so that no other process ever holds all.
     """

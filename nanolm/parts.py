@@ -54,7 +54,7 @@ def split_model(model: Transformer, world: World, engine: Engine) -> None:
         fully_shard(model, mesh=mesh["data"])
         if isinstance(model, EncoderDecoder):
             register_fsdp_forward_method(model, "encode")
-    model.to_empty(device=engine.device)  # what is tied stays so
+    model.to_empty(device=engine.device)  # DTensors are swapped in place: ties stay
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     init_weights(model, normal_)
@@ -67,6 +67,7 @@ def split_layer(layer: nn.Module, name: str, mesh: DeviceMesh) -> None:
         place = plan[key] if plan[key].is_shard() else Replicate()
         own = nn.Parameter(distribute_tensor(p, mesh, [place], src_data_rank=None))
         layer.register_parameter(key, own)
+    if next(layer.parameters(recurse=False), None) is not None:
         layer.forward = partial(apply_part, layer, name, plan, mesh)
     if isinstance(layer, (MultiHeadAttention, MLP)):  # begin with columns
         layer.register_forward_pre_hook(partial(share_inputs, mesh=mesh), with_kwargs=True)
@@ -85,7 +86,7 @@ def share_inputs(layer: nn.Module, inputs: tuple, options: dict, mesh: DeviceMes
 def apply_part(layer: nn.Module, name: str, plan: dict, mesh: DeviceMesh, x: Tensor) -> Tensor:
     """What a layer makes of x, with this process's parts of its parameters."""
     forward = partial(type(layer).forward, layer)
-    if name in ("tokens", "head") and plan["weight"].is_shard():  # PyTorch knows how
+    if name in ("tokens", "head"):  # PyTorch knows how
         return forward(DTensor.from_local(x, mesh, [Replicate()], run_check=False)).full_tensor()
     split = dict(layer.named_parameters(recurse=False))
     own = {key: p.to_local(grad_placements=[plan[key]]) for key, p in split.items()}

@@ -231,7 +231,7 @@ class Run:
         return scores | score
 
     def my_share(self, batches: Iterator[Batch], split: str) -> Iterator[dict[str, Tensor]]:
-        """Of every world.size batches one, on the device; Stopped where a signal has come.
+        """Of every world.replicas batches one, on the device; Stopped where a signal has come.
 
         Where there are too few for all, the last one without its targets: it counts for nothing.
         """

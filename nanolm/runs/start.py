@@ -5,6 +5,7 @@ the run has found its own part right before one of them goes on.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def train_from(start: Start, run: Run) -> None:
     """Write down what the run is, describe it, train it to its end, and say what came out."""
     state, world, began = run.state, run.world, time.perf_counter()
     with world.sharing_gradients(state.forward) as state.forward:  # DDP, of several processes
-        if world.size > 1 and not world.splits:
+        if world.replicates:
             warm_up_ddp(state, next(run.micro_batches(0)), run.engine)
         broadcast(world, lambda: run.record(fresh=not start.resumes))
         describe(run, start.words(state.step))
@@ -286,9 +287,7 @@ def make_ready(config: TrainConfig, dataset: Dataset, world: World, start: Start
         largest = max(reversed(known), key=lambda tokenizer: tokenizer.vocab_size)
         dataset = replace(dataset, tokenizer=largest)
         task = make_task(config, largest)
-        torch.manual_seed(config.seed)
-        with without_weights() if world.splits else nullcontext():
-            model = task.model(config.model_config())
+        model = fresh_model(config, task.model, world)
         engine = own_gpu(world, run_engine(config, model, hardware, start, world))
         check_split(model.config, engine, world)
     with all_or_none(world):
@@ -397,6 +396,15 @@ def run_engine(
     flops = flops_per_token(model) * config.tokens_per_update * updates
     many_shapes = config.n_encoder_layer > 0  # sources and answers differ in length
     return choose_engine(hardware, **asked, flops=flops, many_shapes=many_shapes)
+
+
+def fresh_model(
+    config: TrainConfig, build: Callable[[ModelConfig], Transformer], world: World
+) -> Transformer:
+    """The model that build makes, freshly drawn; without weights yet, where processes split it."""
+    torch.manual_seed(config.seed)
+    with without_weights() if world.splits else nullcontext():
+        return build(config.model_config())
 
 
 def build_state(

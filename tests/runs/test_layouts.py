@@ -4,6 +4,7 @@ The layouts are those of parallel.py: replicas, shards, split matrices, and shar
 """
 
 import math
+from collections.abc import Collection, Iterable
 from functools import partial
 from itertools import permutations, product
 from pathlib import Path
@@ -52,19 +53,21 @@ LAYOUTS = {  # processes, --shard, --tensor_parallel
 PARTS = [layout for layout in LAYOUTS if layout.startswith(("shards", "split", "both"))]
 
 
-def quickly(*layouts: str) -> list:
-    """All layouts in parts; but for these, they take long."""
-    return [
-        pytest.param(layout, marks=() if layout in layouts else pytest.mark.long)
-        for layout in PARTS
-    ]
+def long_but(quick: Collection, cases: Iterable) -> list:
+    """Parameters of a test: all cases, of which the others than the quick ones take long."""
+    return [pytest.param(*c, marks=() if c in quick else pytest.mark.long) for c in cases]
 
 
-def train_in(layout: str, name: str, *keys: str, fault=nothing, code: int = 0) -> list[list[dict]]:
+def parts_but(*quick: str) -> list:
+    """The same of all layouts in parts."""
+    return long_but([(layout,) for layout in quick], [(layout,) for layout in PARTS])
+
+
+def train_in(layout: str, name: str, *keys: str, fault=nothing) -> list[list[dict]]:
     """Train in a layout; what each process has noted."""
     size, *_ = LAYOUTS[layout]
     words = [f"--out_dir=out/{name}", *SHAPE, *flags_of(layout), *keys]
-    return train_together(size, *words, fault=fault, code=code)
+    return train_together(size, *words, fault=fault)
 
 
 def flags_of(layout: str) -> list[str]:
@@ -123,15 +126,7 @@ QUICK = {
 
 @pytest.mark.parametrize(
     ("layout", "optimizer", "each", "tie"),
-    [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.long)
-        for case in product(
-            [*LAYOUTS][1:],
-            ("adamw", "muon"),
-            (1, 3),
-            (True, False),
-        )
-    ],
+    long_but(QUICK, product([*LAYOUTS][1:], ("adamw", "muon"), (1, 3), (True, False))),
 )
 def test_a_run_is_the_same_in_every_layout(layout, optimizer, each, tie):
     """Losses, norms and evaluations of ten updates, with dropout.
@@ -189,7 +184,7 @@ HALF = list(product(("shards4", "split4", "both"), ("layer", "rms")))
 
 @pytest.mark.parametrize(
     ("layout", "norm"),
-    [pytest.param(*case, marks=() if case == HALF[-1] else pytest.mark.long) for case in HALF],
+    long_but(HALF[-1:], HALF),
 )
 def test_in_bfloat16_it_is_the_same_to_its_rounding(layout, norm):
     keys = [*FEW, "--dtype=bfloat16", f"--norm={norm}", "--bias=true", "--sample_tokens=5"]
@@ -205,7 +200,7 @@ def note_parts(state: TrainState, world: World) -> None:
     Path(f"held{world.rank}.txt").write_text(f"{held} {sum(p.numel() for p in weights)}")
 
 
-@pytest.mark.parametrize("layout", quickly("shards2", "split3"))
+@pytest.mark.parametrize("layout", parts_but("shards2", "split3"))
 def test_each_process_holds_its_part(layout):
     """Of split matrices, each process has the few vectors whole."""
     size = LAYOUTS[layout][0]
@@ -225,7 +220,7 @@ QUICK_MOVES = {("one", "both"), ("shards2", "split2")}
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [pytest.param(*move, marks=() if move in QUICK_MOVES else pytest.mark.long) for move in MOVES],
+    long_but(QUICK_MOVES, MOVES),
 )
 def test_a_run_moves_to_another_layout(before, after):
     """With its weights and moments to the bit; then it goes on as if it had not moved."""
@@ -250,7 +245,7 @@ def test_a_run_in_parts_begins_with_another_model_s_weights(layout):
     assert_same_run("parts", "one")
 
 
-@pytest.mark.parametrize("layout", quickly("shards2"))
+@pytest.mark.parametrize("layout", parts_but("shards2"))
 def test_a_resumed_run_in_parts_is_the_run_that_never_stopped(layout):
     """To the last bit."""
     keys = ["--max_iters=6", "--eval_interval=3"]
@@ -265,7 +260,7 @@ def test_a_resumed_run_in_parts_is_the_run_that_never_stopped(layout):
 # Faults
 
 
-@pytest.mark.parametrize("layout", quickly("shards2"))
+@pytest.mark.parametrize("layout", parts_but("shards2"))
 def test_an_update_that_is_not_finite_in_one_process_is_made_by_none_in_parts(layout):
     faults = {0: "nan", 2: "inf", 5: "nan"}
     fault = partial(break_updates, faults=faults, rank=LAYOUTS[layout][0] - 1)
