@@ -16,7 +16,7 @@ from torch.distributed.run import get_args_parser
 from nanolm.hub.models import export_model
 from nanolm.layers import ModelConfig
 from nanolm.model import build_model
-from nanolm.plan.__main__ import PlanConfig
+from nanolm.plan.costs import PlanConfig
 from nanolm.runs.load import WORDS, ExportConfig
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import load_config

@@ -3,52 +3,18 @@
 Nothing is trained, downloaded or written, but for a picture that is asked for.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from nanolm.layers import require_at_least, require_choice
-from nanolm.plan.costs import GB, GPUS, USABLE, Costs, layouts
+from nanolm.plan.costs import GB, GPUS, USABLE, Costs, PlanConfig, layouts
 from nanolm.plan.scaling import draw_scaling
 from nanolm.runs.log import duration
-from nanolm.runs.settings import TrainConfig
+from nanolm.runs.start import check_kind
 from nanolm.system.config import load_config
 from nanolm.system.script import run_script
+from nanolm.tasks.table import TASKS
 
 GPT2 = 50257  # tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig(TrainConfig):
-    """The keys of a run, and what it is planned for."""
-
-    gpus: int = 8  # how many
-    gpu: str = "h100"  # which: see the table in plan/costs.py
-    utilization: float = 0.4  # of its peak, what matrix products are expected to reach
-    picture: str | None = None  # also draw how the run scales to 16,384 of them, into this file
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_at_least(self, 1, "gpus")
-        require_choice("gpu", self.gpu, GPUS)
-        if not 0 < self.utilization <= 1:
-            raise ValueError(f"utilization={self.utilization}: must be above 0, at most 1")
-
-    @property
-    def width(self) -> str:
-        """The precision of matrix products."""
-        return "bfloat16" if self.dtype == "auto" else self.dtype
-
-
-def plans(config: PlanConfig) -> list[Costs]:
-    """The costs of all layouts that share the micro-batches evenly."""
-    n, found = config.gradient_accumulation_steps, layouts(config.gpus, config)
-    even = [layout for layout in found if n % layout.replicas == 0]
-    if not even:
-        counts = sorted({layout.replicas for layout in found})
-        raise ValueError(
-            f"gradient_accumulation_steps={n}: {config.gpus} GPUs cannot share them evenly; "
-            f"choose a multiple of {' or '.join(map(str, counts))}"
-        )
-    return [Costs(config, layout, dtype=config.width) for layout in even]
+TWO = ("yes", "no")  # labels: how many there are makes no difference that would show
 
 
 def row(costs: Costs, config: PlanConfig) -> str:
@@ -68,7 +34,11 @@ def main(arguments: list[str]) -> None:
     if config.vocab_size is None:
         print(f"vocabulary {GPT2:,} tokens, as GPT-2's; --vocab_size says another")
         config = replace(config, vocab_size=GPT2)
-    found, gpu, tokens = plans(config), GPUS[config.gpu], config.tokens_per_update
+    check_kind(config, config.kind, "the config says")
+    if head := getattr(TASKS[config.task], "head", None):  # one for labels
+        config = replace(config, head=head, labels=TWO)
+    gpu, tokens, dtype = GPUS[config.gpu], config.tokens_per_update, config.precision
+    found = [Costs(config, each, dtype=dtype) for each in layouts(config.gpus, config)]
     first, per_token = found[0], found[0].useful_flops / tokens
     print(f"parameters {first.parameters:,}")
     print(f"tokens     {tokens:,} an update, {tokens * config.max_iters:,} in all")
@@ -76,7 +46,7 @@ def main(arguments: list[str]) -> None:
     print(f"operations {per_token:.3g} a token, {total:.3g} in all")
     print(f"cache      {first.cache() / GB:.3f} GB for a text of {config.block_size} tokens")
     device = f"{config.gpus} x {config.gpu} with {gpu.memory / GB:.0f} GB"
-    print(f"on         {device}, {config.width} at {config.utilization:.0%} of {gpu.flops:.3g}/s")
+    print(f"on         {device}, {dtype} at {config.utilization:.0%} of {gpu.peak(dtype):.3g}/s")
     heads = "weights grads moments activ. logits all work messages update"
     titles = "".join(f"{head:>9}" for head in heads.split())
     print(f"\n{'memory of each in GB, times in ms':52}{titles}")

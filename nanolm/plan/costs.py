@@ -9,10 +9,11 @@ bytes for a number in a matrix product (4, or 2 in bfloat16), bytes per process 
     activations          B T (L block + 4 C + w C)
         block            8 C + w (2 C + A + F) + w (A + 2 K) + MLP + attention + dropout
         MLP              w F (gated: 3 w F)
-        attention        fused: w A + 4 a; by the formula: 4 a T, and in bfloat16 w a T more,
-                         or with dropout (4 + w) a T
-    logits               12 B T V; in chunks (8 + w) for each of a chunk, and 4 C (B T + V)
-    cache                8 L K for each token of a text that is sampled
+        attention        fused: w A + 4 a; by the formula, as where dropout falls on heads that
+                         are split: 4 a T, and in bfloat16 w a T more, or with dropout (4 + w) a T
+    logits               12 B T V (masked: hidden tokens alone); in chunks (8 + w) for each of a
+                         chunk, and 4 C (B T + V)
+    cache                2 w L K for each token of a text that is sampled
 
 in the manner of Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer
 Models, section 4), for these layers and precisions. A block that is computed again keeps 4 C, and
@@ -32,17 +33,20 @@ micro-batch, and split matrices sum w B T C four times in each block.
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import torch
 
 from nanolm.attention import prefer_formula
-from nanolm.layers import GatedMLP, ModelConfig
+from nanolm.layers import GatedMLP, ModelConfig, require_at_least, require_choice
 from nanolm.loss import CHUNK
 from nanolm.model import Tower, Transformer, build_model, count_parameters, flops_per_token
 from nanolm.optim import parameter_groups, wide
+from nanolm.parallel import World
 from nanolm.parts import PLANS, WHOLE
-from nanolm.precision import DTYPES
+from nanolm.precision import DTYPES, Engine
 from nanolm.runs.settings import TrainConfig
+from nanolm.runs.start import check_layout, check_split
 
 PER_MACHINE = 8  # GPUs
 USABLE = 0.92  # of a GPU's memory: the rest is what CUDA, its libraries and gaps take
@@ -60,6 +64,10 @@ class GPU:
     near: float  # to those of the same machine
     far: float  # to other machines, for each GPU
 
+    def peak(self, dtype: str) -> float:
+        """Operations per second of matrix products; in TF32, which float32 takes, half as many."""
+        return self.flops / (2 if dtype == "float32" else 1)
+
 
 # From NVIDIA's data sheets; far: a network card of 400 Gb/s (A100: 200, RTX: 100 for the machine).
 GPUS = {
@@ -69,6 +77,29 @@ GPUS = {
     "a100": GPU(312e12, 80e9, 300e9, 25e9),
     "rtx4090": GPU(165e12, 24e9, 25e9, 1.6e9),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """The keys of a run, and what it is planned for."""
+
+    gpus: int = 8  # how many
+    gpu: str = "h100"  # which: see GPUS in plan/costs.py
+    utilization: float = 0.4  # of its peak, what matrix products are expected to reach
+    picture: str | None = None  # also draw how the run scales to 16,384 of them, into this file
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, 1, "gpus")
+        require_choice("gpu", self.gpu, GPUS)
+        require_choice("dtype", self.dtype, ("auto", *DTYPES))
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization={self.utilization}: must be above 0, at most 1")
+
+    @property
+    def precision(self) -> str:
+        """That of matrix products."""
+        return "bfloat16" if self.dtype == "auto" else self.dtype
 
 
 @dataclass(frozen=True)
@@ -88,16 +119,30 @@ class Layout:
 
 
 def layouts(gpus: int, config: TrainConfig) -> list[Layout]:
-    """All layouts of so many processes; split matrices stay on a machine."""
-    found = []
-    for tensor in range(1, min(gpus, PER_MACHINE) + 1):
-        sizes = (gpus, config.n_head, config.n_kv_head, config.n_hidden)
-        if any(size % tensor for size in sizes):
+    """All layouts of so many processes that training accepts; split matrices stay on a machine.
+
+    Those alone that the config asks for, where it names a part of one. Raises ValueError with the
+    reason where there are none.
+    """
+    found, problems, together = [], [], min(gpus, PER_MACHINE)
+    engine = Engine("cuda", config.dtype, compile=config.compile is True)
+    groups = [n for n in range(1, together + 1) if together % n == 0]
+    if config.tensor_parallel > 1:
+        groups = [config.tensor_parallel]
+    shared = (True,) if config.shard else (False, True)
+    again = (True,) if config.recompute else (False, True)
+    for tensor, shard, recompute in product(groups, shared, again):
+        world = World(size=gpus, shard=shard, tensor=tensor)
+        try:
+            check_layout(config, world)
+            check_split(config, engine, world)
+        except ValueError as error:
+            problems.append(error)
             continue
-        replicas = gpus // tensor
-        for shard in (False, True)[tensor > 1 < replicas : 1 + (replicas > 1)]:
-            found += [Layout(replicas, tensor, shard, again) for again in (False, True)]
-    return found
+        found.append(Layout(world.replicas, tensor, shard and world.replicas > 1, recompute))
+    if not found:
+        raise problems[0]
+    return list(dict.fromkeys(found))  # a process that is alone has nothing to share
 
 
 class Costs:
@@ -108,16 +153,18 @@ class Costs:
 
     def __init__(self, config: TrainConfig, layout: Layout, *, dtype: str, device: str = "cuda"):
         self.model = shapes_of(config.model_config())
-        self.config, self.layout, self.device = config, layout, device
+        self.config, self.layout, self.dtype, self.device = config, layout, dtype, device
         self.width, T = DTYPES[dtype].itemsize, config.block_size
-        self.fused = not prefer_formula(device, DTYPES[dtype], T, T)
+        formula = prefer_formula(device, DTYPES[dtype], T, T)
+        self.fused = not formula and not (config.dropout and layout.tensor > 1)
         self.micro_batches = max(1, config.gradient_accumulation_steps // layout.replicas)
         tokens = config.batch_tokens or config.batch_size * config.block_size
         self.tokens = tokens  # of a micro-batch
+        self.guessed = tokens * (config.mask_fraction if config.task == "masked" else 1)
         self.parameters, self.blocks = count_parameters(self.model), tower_blocks(self.model)
         self.chunk = CHUNK[device]
-        fits = tokens * config.vocab_size <= self.chunk
-        self.in_chunks = config.head == "tokens" and not (fits and layout.tensor == 1)
+        at_once = self.guessed * config.vocab_size <= self.chunk or dtype == "float16"
+        self.in_chunks = config.head == "tokens" and not (at_once and layout.tensor == 1)
 
     def share(self, model: torch.nn.Module) -> float:
         """How many of a model's parameters a process has, before they are sharded."""
@@ -202,14 +249,14 @@ class Costs:
         if config.head != "tokens":
             return 0.0
         if not self.in_chunks:
-            return self.tokens * V * 12
-        return (8 + w) * min(self.chunk, self.tokens * V) + 4 * config.n_embd * (self.tokens + V)
+            return self.guessed * V * 12
+        return (8 + w) * min(self.chunk, self.guessed * V) + 4 * config.n_embd * (self.guessed + V)
 
     def cache(self) -> float:
         """Bytes of the keys and values of a text of block_size tokens that is sampled."""
         config = self.config
         K = config.n_kv_head * config.head_size / self.layout.tensor
-        return 2 * 4 * config.n_layer * K * config.block_size
+        return 2 * self.width * config.n_layer * K * config.block_size
 
     def total(self) -> float:
         """Bytes of a process, in all."""
@@ -229,13 +276,13 @@ class Costs:
         layout, w = self.layout, self.width
         n, t = layout.replicas, layout.tensor
         again = 4 / 3 if layout.recompute else 1
-        work = self.useful_flops * again / (n * t * gpu.flops * utilization)
+        work = self.useful_flops * again / (n * t * gpu.peak(self.dtype) * utilization)
         own = self.share(self.model)
         sent = 2 * 4 * own if not layout.shard else self.micro_batches * (2 * w + 4) * own
         speed = gpu.near if n * t <= PER_MACHINE else gpu.far
         between = sent * (n - 1) / n / speed
         sums = 4 * len(self.blocks) * self.micro_batches * self.tokens * self.config.n_embd * w
-        within = 2 * sums * (t - 1) / t / gpu.near
+        within = 2 * sums * (t - 1) / t / (gpu.near if t <= PER_MACHINE else gpu.far)
         return work, between, within
 
     def duration(self, gpu: GPU, utilization: float) -> float:

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from nanolm.plan.costs import GPU, GPUS, Costs, Layout, layouts
+from nanolm.plan.costs import GPU, GPUS, Costs, Layout, PlanConfig, layouts
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.files import whole_file
 
@@ -31,25 +30,26 @@ LLAMA = {8192: 0.43, 16384: 0.41}
 
 def useful(costs: Costs, gpu: GPU, utilization: float) -> float:
     """The part of the peak that goes into a run's own operations (PaLM's MFU)."""
-    peak = costs.layout.replicas * costs.layout.tensor * gpu.flops
+    peak = costs.layout.replicas * costs.layout.tensor * gpu.peak(costs.dtype)
     return costs.useful_flops / peak / costs.duration(gpu, utilization)
 
 
-def rates(config: Any, *, grow: bool) -> dict[int, float]:
+def rates(config: PlanConfig, *, grow: bool) -> dict[int, float]:
     """useful of the fastest layout that fits, by the number of GPUs, of those that can be used.
 
     grow: whether an update grows with them, to a micro-batch for each; otherwise its sequences are
     dealt out, as evenly as may be.
     """
-    gpu, found, sequences = GPUS[config.gpu], {}, config.gradient_accumulation_steps
-    sequences *= config.batch_size
+    gpu, found, before = GPUS[config.gpu], {}, config.gradient_accumulation_steps
+    unit = "batch_tokens" if config.batch_tokens else "batch_size"
     for n in COUNTS:
-        steps = -(-config.gradient_accumulation_steps // n) * n
-        size = config.batch_size if grow else sequences // steps
+        steps = -(-before // n) * n
+        part = 1 if grow else before / steps
+        size = int(getattr(config, unit) * part)
         if not size:
             break
-        each = replace(config, gradient_accumulation_steps=steps, batch_size=size)
-        every = [Costs(each, layout, dtype=config.width) for layout in layouts(n, each)]
+        each = replace(config, gradient_accumulation_steps=steps, **{unit: size})
+        every = [Costs(each, layout, dtype=config.precision) for layout in layouts(n, each)]
         fit = [costs for costs in every if costs.fits(gpu)]
         if fit:
             found[n] = max(useful(costs, gpu, config.utilization) for costs in fit)
@@ -70,7 +70,7 @@ def published() -> list[tuple[int, float, float]]:
     return found
 
 
-def draw_scaling(config: Any, path: str | Path) -> None:
+def draw_scaling(config: PlanConfig, path: str | Path) -> None:
     """Draw the rates of a planned run and those published, and say how far these are met."""
     try:
         from matplotlib.figure import Figure

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.layouts import LAYOUTS, SHAPE, planned, train
 from nanolm.plan.__main__ import main
-from nanolm.plan.costs import GPUS, Costs, Layout, layouts
-from nanolm.plan.scaling import PUBLISHED, published
+from nanolm.plan.costs import GPUS, Costs, Layout, PlanConfig, layouts
+from nanolm.plan.scaling import PUBLISHED, published, rates
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import load_config
 
+ROOT = Path(__file__).resolve().parents[2]
 MODERN = {"norm": "rms", "position": "rotary", "mlp": "swiglu"}
 SMALL = TrainConfig(vocab_size=512, block_size=64, n_layer=4, n_head=4, n_embd=256)
 
@@ -28,6 +30,7 @@ MORE = [
     ("one", {"dropout": 0.1, "bias": True, "tie_embeddings": False}, "float32"),
     ("one", {"vocab_size": 30000, "n_layer": 4}, "float32"),
     ("one", MODERN, "bfloat16"),
+    ("split in 2", {"dropout": 0.1, "block_size": 512}, "float32"),
     *((layout, {}, "float32") for layout in LAYOUTS if layout != "one"),
 ]
 
@@ -74,10 +77,55 @@ def test_published_runs_are_met_where_nothing_waits_for_messages():
 
 
 def test_the_layouts_are_those_that_training_accepts():
+    """And split matrices stay on one machine: of 12 GPUs, groups of 3 would not."""
     config = replace(SMALL, n_head=6, n_kv_head=3, head_size=8, n_hidden=24)
-    assert {(each.replicas, each.tensor) for each in layouts(12, config)} == {(12, 1), (4, 3)}
-    assert all(each.shard for each in layouts(12, config) if each.tensor > 1)
+    config = replace(config, gradient_accumulation_steps=12)
+    assert {(each.replicas, each.tensor) for each in layouts(6, config)} == {(6, 1), (2, 3)}
+    assert all(each.shard for each in layouts(6, config) if each.tensor > 1)
+    assert {(each.replicas, each.tensor) for each in layouts(12, config)} == {(12, 1)}
     assert [each.flags for each in layouts(1, config)] == ["", "--recompute=true"]
+
+
+@pytest.mark.parametrize("keys", [{"dtype": "float16"}, {"compile": True}])
+def test_a_run_that_cannot_be_in_parts_is_planned_whole(keys):
+    assert {each.flags for each in layouts(8, replace(SMALL, **keys))} == {"", "--recompute=true"}
+
+
+def test_a_layout_that_is_asked_for_is_the_one_that_is_planned():
+    shards = layouts(8, replace(SMALL, shard=True, recompute=True))
+    assert {(each.shard, each.recompute) for each in shards} == {(True, True)}
+    assert {each.tensor for each in layouts(8, replace(SMALL, tensor_parallel=2))} == {2}
+
+
+def test_dropout_costs_split_heads_the_fused_kernel():
+    def attention(dropout, tensor):
+        config = replace(SMALL, dropout=dropout, block_size=1024)
+        return Costs(config, Layout(1, tensor), dtype="bfloat16").memory()["activations"]
+
+    assert attention(0.1, 2) > 2 * attention(0.1, 1)
+    assert attention(0.0, 2) < attention(0.0, 1)
+
+
+def test_a_narrow_precision_is_fast_and_its_cache_small():
+    wide, narrow = (Costs(SMALL, Layout(), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert wide.cache() == 2 * narrow.cache()
+    assert wide.seconds(GPUS["h100"], 0.5)[0] == 2 * narrow.seconds(GPUS["h100"], 0.5)[0]
+
+
+def test_only_the_tokens_that_are_guessed_have_logits():
+    few = replace(SMALL, task="masked", causal=False)
+    of_few, of_all = (Costs(each, Layout(), dtype="float32").logits() for each in (few, SMALL))
+    assert of_few == pytest.approx(0.15 * of_all)
+
+
+@pytest.mark.parametrize("size", ["batch_size", "batch_tokens"])
+def test_an_update_of_one_size_is_dealt_out_among_more(size):
+    """So its processes have less and less to do, and more to say; those that grow have not."""
+    keys = {size: 16384, "gradient_accumulation_steps": 64, "vocab_size": 512, "block_size": 8}
+    config = PlanConfig(**keys)
+    dealt, grown = rates(config, grow=False), rates(config, grow=True)
+    assert dealt[64] == grown[64]
+    assert dealt[16384] < 0.5 * grown[16384]
 
 
 def test_parts_need_less_each_and_recomputing_less_for_activations():
@@ -119,9 +167,20 @@ def test_the_cheapest_layout_is_printed_as_flags_that_train_takes(capsys):
     assert not chosen.endswith("does not fit")
 
 
-def test_a_vocabulary_that_nobody_named_is_said(capsys):
-    main(WORDS[:1])
-    assert "50,257 tokens, as GPT-2's; --vocab_size" in capsys.readouterr().out
+def test_the_docs_show_what_is_printed(capsys):
+    page = (ROOT / "docs/several-gpus.md").read_text()
+    (words,) = re.findall(r"^python -m nanolm\.plan (.*)$", page, re.MULTILINE)
+    main([str(ROOT / words.split()[0]), *words.split()[1:]])
+    out = capsys.readouterr().out
+    assert "50,257 tokens, as GPT-2's; --vocab_size" in out
+    assert out in page
+
+
+def test_a_task_with_labels_is_planned_without_logits(capsys):
+    main([*WORDS, "--task=classification", "--causal=false"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--shard")]
+    assert rows
+    assert all(line.split("=")[-1].split()[5] == "0.00" for line in rows)
 
 
 def test_the_picture_is_drawn(workplace):
@@ -135,10 +194,15 @@ def test_the_picture_is_drawn(workplace):
         (["--gpu=tpu"], "gpu='tpu': choose one of b200, h200, h100, a100, rtx4090"),
         (["--picture=none/x.png"], "picture=none/x.png: cannot be written: No such file"),
         (["--gpus=0"], "gpus=0: must be at least 1"),
+        (["--dtype=foo"], "dtype='foo': choose one of auto, float32, bfloat16, float16"),
+        (["--task=seq2seq"], "trains an encoder-decoder"),
+        (["--tensor_parallel=3"], "tensor_parallel=3: 8 processes cannot form groups of 3"),
+        (["--tensor_parallel=8"], "tensor_parallel=8: must divide n_head=12"),
+        (["--tensor_parallel=2", "--shard=true", "--vocab_size=1"], "too many for vocab_size=1"),
         (["--utilization=1.5"], "utilization=1.5: must be above 0, at most 1"),
         (
             ["--gradient_accumulation_steps=3"],
-            "8 GPUs cannot share them evenly",
+            "8 processes share the micro-batches of an update",
         ),
         (["--batch_size=100000", "--gpu=rtx4090"], "nothing fits into 92% of a rtx4090"),
     ],
