@@ -33,6 +33,7 @@ from test_processes import (
     train_watched,
 )
 
+from nanolm import loss
 from nanolm.parallel import World, split_product
 from nanolm.runs import checkpoint
 from nanolm.runs.prepare import prepare
@@ -191,6 +192,30 @@ def test_in_bfloat16_it_is_the_same_to_its_rounding(layout, norm):
     train_in("one", "one", *keys)
     train_in(layout, "parts", *keys)
     assert_same_run("parts", "one", tolerance=0.01)
+
+
+ANSWERS = list(product(("shards2", "both"), ("completion", "seq2seq")))
+
+
+@pytest.mark.parametrize(("layout", "task"), long_but([("shards2", "seq2seq")], ANSWERS))
+def test_in_bfloat16_a_model_in_parts_answers(layout, task):
+    """In samples, too, which are drawn outside of updates and evaluations."""
+    keys = [*FEW, *TASKS[task], "--dtype=bfloat16", "--sample_tokens=5"]
+    train_in("one", "one", *keys)
+    train_in(layout, "parts", *keys)
+    assert_same_run("parts", "one", tolerance=0.01)
+
+
+def take_small_chunks(state: TrainState, world: World) -> None:
+    """Let the loss compute so few logits at a time that it needs several chunks."""
+    loss.CHUNK["cpu"] = 40
+
+
+def test_the_loss_is_cut_alike_where_a_vocabulary_is_split_unevenly():
+    """Of 29 tokens the last process has 5: it could compute more rows at a time than others."""
+    train_in("one", "one", *FEW)
+    train_in("split4", "parts", *FEW, fault=take_small_chunks)
+    assert_same_run("parts", "one")
 
 
 def note_parts(state: TrainState, world: World) -> None:
