@@ -293,6 +293,7 @@ def test_an_update_that_is_not_finite_in_one_process_is_made_by_none_in_parts(la
         layout,
         "x",
         *FEW,
+        "--gradient_accumulation_steps=12",
         "--max_iters=7",
         "--eval_interval=1",
         "--keep_checkpoints=9",
