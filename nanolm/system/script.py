@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import NoReturn
@@ -71,4 +72,6 @@ def complain(error: Exception | str) -> int:
     notes = getattr(error, "__notes__", [])
     if is_first() or notes:
         print(" ".join(["error:", *str(error).splitlines(), *notes]), file=sys.stderr)
+    else:  # torchrun ends all as soon as one has ended, and the first one is still to speak
+        time.sleep(1)
     return 2
