@@ -182,7 +182,7 @@ def layouts_of(task: CompletionTask, examples: Examples) -> dict[str, list[Batch
 
 def compare_packing(words: list[str], dataset: str, n: int, device: str, repeats: int) -> dict:
     """Tokens with loss per second of each layout."""
-    config, data = open_task([*GPT, *words], dataset)
+    config, data = open_task([*GPT, *words, "--batch_tokens=0"], dataset)
     engine = choose_engine(find_hardware(), device=device, dtype="float32", flops=math.inf)
     task = make_task(config, data.tokenizer)
     chosen = [data.train[i] for i in range(min(n, len(data.train)))]

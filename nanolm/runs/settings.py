@@ -84,6 +84,11 @@ class TrainConfig(ModelConfig):
                 f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}"
             )
         require_fraction(self, "beta1 beta2 mask_fraction")
+        if self.batch_tokens and self.task != "seq2seq":
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens}: only seq2seq fills its batches so; give the "
+                "others a batch_size"
+            )
         require_choice("best_by", self.best_by, ("loss", *TASKS[self.task].best_by))
         if self.best_by in TEXT_SCORES and not self.eval_answers:
             raise ValueError(f"best_by={self.best_by!r}: needs eval_answers of at least 1")
