@@ -31,8 +31,14 @@ def describe_engine(run: Run) -> None:
     for label, name, reason in zip(labels, names, engine.reasons, strict=True):
         print(f"{label:9} {name} ({reason})")
     if run.world.size > 1:
-        n = run.config.gradient_accumulation_steps // run.world.size
-        print(f"processes {run.world.size}, with {n} of an update's micro-batches each")
+        world = run.world
+        n = run.config.gradient_accumulation_steps // world.replicas
+        how = "each of which holds the model"
+        if world.splits:
+            split = f"groups of {world.tensor} that split matrices"
+            ways = [split] * (world.tensor > 1) + ["shards of the model"] * world.shard
+            how = f"with {' and '.join(ways)}"
+        print(f"processes {world.size}, {how}, and {n} of an update's micro-batches each")
 
 
 def describe_work(run: Run) -> None:

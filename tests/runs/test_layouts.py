@@ -140,6 +140,8 @@ def test_a_run_is_the_same_in_every_layout(layout, optimizer, each, tie):
     train_in("one", "one", *keys)
     first, *_ = train_in(layout, "parts", *keys)
     assert [row["step"] for row in first] == list(range(11))
+    said = "groups of 2 that split matrices and shards of the model" if layout == "both" else ""
+    assert f"{said}, and {each} of an update's micro-batches each" in logs()[0]
     assert_same_run("parts", "one")
     weights = checkpoint.load("out/parts/step_00000010.pt")["model"]
     assert torch.equal(weights["head.weight"], weights["tokens.weight"]) == tie
