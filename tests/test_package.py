@@ -18,7 +18,7 @@ ROOMS = {
     "tasks": ("book", "text", "system"),
     "hub": ("book", "text", "tasks", "system"),
     "runs": ("book", "text", "tasks", "hub", "system"),
-    "plan": ("book", "runs", "system", "tasks"),
+    "plan": ("book", "text", "tasks", "runs", "system"),
 }
 
 

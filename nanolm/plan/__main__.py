@@ -12,9 +12,28 @@ from nanolm.runs.start import check_kind
 from nanolm.system.config import load_config
 from nanolm.system.script import run_script
 from nanolm.tasks.table import TASKS
+from nanolm.text.data import SEAL, dataset_folder, open_dataset
 
 GPT2 = 50257  # tokens
 TWO = ("yes", "no")  # labels: how many there are makes no difference that would show
+
+
+def completed(config: PlanConfig) -> PlanConfig:
+    """The config with what training would take from the dataset and the task."""
+    if config.init_from not in ("scratch", "auto", "resume"):
+        print(f"shape      that of the keys, and not of {config.init_from}")
+    if config.vocab_size is None and (dataset_folder(config.dataset) / SEAL).exists():
+        config = replace(config, vocab_size=open_dataset(config.dataset).tokenizer.vocab_size)
+    if config.vocab_size is None:
+        print(f"vocabulary {GPT2:,} tokens, as GPT-2's; --vocab_size says another")
+        config = replace(config, vocab_size=GPT2)
+    task = TASKS[config.task]
+    if task.kinds == ("an encoder",):
+        config = replace(config, causal=False)
+    check_kind(config, config.kind, "the config says")
+    if head := getattr(task, "head", None):  # one for labels
+        config = replace(config, head=head, labels=TWO)
+    return config
 
 
 def row(costs: Costs, config: PlanConfig) -> str:
@@ -22,8 +41,8 @@ def row(costs: Costs, config: PlanConfig) -> str:
     gpu, parts = GPUS[config.gpu], costs.memory().values()
     work, *messages = costs.seconds(gpu, config.utilization)
     times = work, sum(messages), costs.duration(gpu, config.utilization)
-    numbers = "".join(f"{part / GB:9.2f}" for part in (*parts, sum(parts)))
-    numbers += "".join(f"{time * 1e3:9,.0f}" for time in times)
+    numbers = "".join(f" {part / GB:8.2f}" for part in (*parts, sum(parts)))
+    numbers += "".join(f" {time * 1e3:8,.1f}" for time in times)
     fits = "" if costs.fits(gpu) else "  does not fit"
     return f"{costs.layout.flags or 'no flags':52}{numbers}{fits}"
 
@@ -31,14 +50,10 @@ def row(costs: Costs, config: PlanConfig) -> str:
 def main(arguments: list[str]) -> None:
     """Print the plan."""
     config = load_config(PlanConfig, arguments)
-    if config.vocab_size is None:
-        print(f"vocabulary {GPT2:,} tokens, as GPT-2's; --vocab_size says another")
-        config = replace(config, vocab_size=GPT2)
-    check_kind(config, config.kind, "the config says")
-    if head := getattr(TASKS[config.task], "head", None):  # one for labels
-        config = replace(config, head=head, labels=TWO)
+    config, problems = completed(config), []
     gpu, tokens, dtype = GPUS[config.gpu], config.tokens_per_update, config.precision
-    found = [Costs(config, each, dtype=dtype) for each in layouts(config.gpus, config)]
+    every = layouts(config.gpus, config, problems)
+    found = [Costs(config, layout, dtype=dtype) for layout in every]
     first, per_token = found[0], found[0].useful_flops / tokens
     print(f"parameters {first.parameters:,}")
     print(f"tokens     {tokens:,} an update, {tokens * config.max_iters:,} in all")
@@ -52,6 +67,8 @@ def main(arguments: list[str]) -> None:
     print(f"\n{'memory of each in GB, times in ms':52}{titles}")
     for costs in found:
         print(row(costs, config))
+    for problem in dict.fromkeys(problems):
+        print(f"left out   {problem}")
     fit = [costs for costs in found if costs.fits(gpu)]
     if not fit:
         raise ValueError(

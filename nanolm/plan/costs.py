@@ -93,6 +93,9 @@ class PlanConfig(TrainConfig):
         require_at_least(self, 1, "gpus")
         require_choice("gpu", self.gpu, GPUS)
         require_choice("dtype", self.dtype, ("auto", *DTYPES))
+        require_choice("compile", str(self.compile), ("auto", "True", "False"))
+        if self.picture and not self.picture.endswith(".png"):
+            raise ValueError(f"picture={self.picture}: the name of a PNG, as scaling.png")
         if not 0 < self.utilization <= 1:
             raise ValueError(f"utilization={self.utilization}: must be above 0, at most 1")
 
@@ -118,13 +121,14 @@ class Layout:
         return " ".join(words + [f"--tensor_parallel={self.tensor}"] * (self.tensor > 1))
 
 
-def layouts(gpus: int, config: TrainConfig) -> list[Layout]:
+def layouts(gpus: int, config: TrainConfig, problems: list[str] | None = None) -> list[Layout]:
     """All layouts of so many processes that training accepts; split matrices stay on a machine.
 
-    Those alone that the config asks for, where it names a part of one. Raises ValueError with the
-    reason where there are none.
+    Those alone that the config asks for, where it names a part of one. problems: a list that gets
+    what training says of the others. Raises ValueError with that where no layout is left.
     """
-    found, problems, together = [], [], min(gpus, PER_MACHINE)
+    found, together = [], min(gpus, PER_MACHINE)
+    problems = [] if problems is None else problems
     engine = Engine("cuda", config.dtype, compile=config.compile is True)
     groups = [n for n in range(1, together + 1) if together % n == 0]
     if config.tensor_parallel > 1:
@@ -137,11 +141,12 @@ def layouts(gpus: int, config: TrainConfig) -> list[Layout]:
             check_layout(config, world)
             check_split(config, engine, world)
         except ValueError as error:
-            problems.append(error)
+            if shard or tensor == 1:  # otherwise sharding is what is missing
+                problems.append(str(error))
             continue
         found.append(Layout(world.replicas, tensor, shard and world.replicas > 1, recompute))
     if not found:
-        raise problems[0]
+        raise ValueError(problems[0])
     return list(dict.fromkeys(found))  # a process that is alone has nothing to share
 
 

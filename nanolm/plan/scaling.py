@@ -56,8 +56,8 @@ def rates(config: PlanConfig, *, grow: bool) -> dict[int, float]:
     return found
 
 
-def published() -> list[tuple[int, float, float]]:
-    """Of each run of PUBLISHED: its GPUs, what is computed for it, and what it says."""
+def published() -> list[tuple[float, int, float, float]]:
+    """Of each run of PUBLISHED: its parameters, its GPUs, what is computed, and what it says."""
     found = []
     for ((n_layer, n_head, n_embd), n, size), said in PUBLISHED.items():
         shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_kv_head": None}
@@ -66,7 +66,7 @@ def published() -> list[tuple[int, float, float]]:
         layout = Layout(n, shard=True, recompute=True)
         costs = Costs(config, layout, dtype="bfloat16")
         computed = useful(costs, GPUS["a100"], REACHED)
-        found.append((n, computed, said))
+        found.append((costs.parameters, n, computed, said))
     return found
 
 
@@ -82,7 +82,7 @@ def draw_scaling(config: PlanConfig, path: str | Path) -> None:
         found = rates(config, grow=grow)
         axes.plot([*found], [*found.values()], "o-", label=f"{config.gpu}: updates {label}")
     pairs = published()
-    gpus, computed, said = np.transpose(pairs)
+    _, gpus, computed, said = np.transpose(pairs)
     axes.vlines(gpus, computed, said, "C3", linewidth=0.5)
     axes.plot(gpus, computed, "C3+", label="MPT on A100, computed")
     axes.plot(gpus, said, "C3x", label="MPT on A100, published")
@@ -97,6 +97,7 @@ def draw_scaling(config: PlanConfig, path: str | Path) -> None:
             figure.savefig(file, format="png", dpi=120)
     except OSError as error:
         raise ValueError(f"picture={path}: cannot be written: {error.strerror}") from None
-    for n, computed, said in pairs:
-        print(f"MPT on {n:4} A100s: {computed:.3f} of the peak computed, {said:.3f} published")
+    for size, n, computed, said in pairs:
+        words = f"MPT of {size / 1e9:.0f}B parameters on {n} A100s"
+        print(f"{words}: {computed:.3f} of the peak computed, {said:.3f} published")
     print(f"picture    {path}")

@@ -9,9 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.layouts import LAYOUTS, SHAPE, planned, train
+from nanolm.layers import ModelConfig
+from nanolm.model import build_model, count_parameters
 from nanolm.plan.__main__ import main
 from nanolm.plan.costs import GPUS, Costs, Layout, PlanConfig, layouts
 from nanolm.plan.scaling import PUBLISHED, published, rates
+from nanolm.runs.prepare import prepare
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import load_config
 
@@ -65,7 +68,7 @@ def test_the_operations_are_those_that_pytorch_counts(keys):
 
 def test_published_runs_are_met_where_nothing_waits_for_messages():
     """To 2%. The others wait less than is computed here: they send half as much."""
-    pairs = [pair for _, *pair in published()]
+    pairs = [pair for _, _, *pair in published()]
     assert len(pairs) == len(PUBLISHED)
     off = [computed / said - 1 for computed, said in pairs]
     assert sum(abs(each) < 0.02 for each in off) == 3
@@ -122,7 +125,7 @@ def test_only_the_tokens_that_are_guessed_have_logits():
 def test_an_update_of_one_size_is_dealt_out_among_more(size):
     """So its processes have less and less to do, and more to say; those that grow have not."""
     keys = {size: 16384, "gradient_accumulation_steps": 64, "vocab_size": 512, "block_size": 8}
-    config = PlanConfig(**keys)
+    config = PlanConfig(**keys, task="seq2seq", n_encoder_layer=1)
     dealt, grown = rates(config, grow=False), rates(config, grow=True)
     assert dealt[64] == grown[64]
     assert dealt[16384] < 0.5 * grown[16384]
@@ -176,6 +179,25 @@ def test_the_docs_show_what_is_printed(capsys):
     assert out in page
 
 
+def test_what_training_would_take_from_elsewhere_is_taken_or_said(capsys, workplace):
+    """A dataset's vocabulary, an encoder's direction; but another model's shape is not."""
+    Path("text.txt").write_text("a text of few characters " * 40)
+    prepare("letters", inputs=("text.txt",), tokenizer="char")
+    main(["--n_layer=1", "--dataset=letters", "--task=masked", "--init_from=gpt2"])
+    out = capsys.readouterr().out
+    size = count_parameters(build_model(ModelConfig(vocab_size=12, n_layer=1, causal=False)))
+    assert f"parameters {size:,}" in out
+    assert "as GPT-2's" not in out
+    assert "\nshape      that of the keys, and not of gpt2\n" in out
+
+
+def test_what_is_left_out_says_why(capsys):
+    main([*WORDS, "--gpus=3", "--gradient_accumulation_steps=40", "--n_embd=768", "--n_head=12"])
+    lines = capsys.readouterr().out.splitlines()
+    (reason,) = (line for line in lines if line.startswith("left out"))
+    assert "gradient_accumulation_steps=40: 3 processes share" in reason
+
+
 def test_a_task_with_labels_is_planned_without_logits(capsys):
     main([*WORDS, "--task=classification", "--causal=false"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--shard")]
@@ -193,6 +215,9 @@ def test_the_picture_is_drawn(workplace):
     [
         (["--gpu=tpu"], "gpu='tpu': choose one of b200, h200, h100, a100, rtx4090"),
         (["--picture=none/x.png"], "picture=none/x.png: cannot be written: No such file"),
+        (["--picture=x.pdf"], "picture=x.pdf: the name of a PNG, as scaling.png"),
+        (["--compile=maybe"], "compile='maybe': choose one of auto, True, False"),
+        (["--batch_tokens=99"], "batch_tokens=99: only seq2seq fills its batches so"),
         (["--gpus=0"], "gpus=0: must be at least 1"),
         (["--dtype=foo"], "dtype='foo': choose one of auto, float32, bfloat16, float16"),
         (["--task=seq2seq"], "trains an encoder-decoder"),
