@@ -23,9 +23,9 @@ def frozen(content: Any) -> Any:
 
 
 def numbers(folder: str | Path) -> list[dict]:
-    """The rows of a run's metrics, but for its speed."""
+    """The rows of a run's metrics, but for its time."""
     rows = read_metrics(Path(folder, "metrics.jsonl"))
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return [{k: row[k] for k in row if k not in ("tokens_per_second", "seconds")} for row in rows]
 
 
 def cut(folder: str | Path, *, after: int) -> Path:

@@ -3,7 +3,7 @@
 import torch
 
 from nanolm.model import count_parameters, flops_per_token
-from nanolm.runs.log import duration, score_words
+from nanolm.runs.log import best_evaluation, duration, read_metrics, score_words, scores_of
 from nanolm.runs.run import Run
 
 # What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
@@ -70,10 +70,9 @@ def describe_work(run: Run) -> None:
 def describe_end(run: Run, seconds: float) -> None:
     """Say what came out, and how to use it."""
     print(f"done      in {duration(seconds)}")
-    best = run.log.best() if run.log else None
-    if best:
-        others = {k: best[k] for k in best if k not in ("step", "train_loss", "val_loss")}
-        words = score_words({"validation_loss": best["val_loss"], **others})
+    rows = read_metrics(run.log.path) if run.log else []
+    if best := best_evaluation(rows, run.config):
+        words = score_words({"validation_loss": best["val_loss"], **scores_of(best)})
         print(f"best      step {best['step']}: {', '.join(words)}")
     command = f"python sample.py --out_dir={run.folder}{run.task.asks}"
     print(f"          {'sample from it' if run.task.continues else 'try it'} with: {command}")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+
+NO_SCORES = ("step", "train_loss", "val_loss", "seconds", "sample")  # of an evaluation
 
 
 def peak_flops(gpu_name: str) -> float | None:
@@ -51,8 +53,17 @@ def read_metrics(path: Path) -> list[dict]:
         with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-    kinds = (int, float, type(None))
-    return [row for row in rows if all(isinstance(n, kinds) for n in row.values())]
+    return [row for row in rows if all(map(fits, row, row.values()))]
+
+
+def fits(key: str, value: object) -> bool:
+    """Whether a row may hold such a value."""
+    return isinstance(value, str if key == "sample" else (int, float, type(None)))
+
+
+def scores_of(row: dict) -> dict[str, float]:
+    """What the task has scored in an evaluation, beside the losses."""
+    return {key: row[key] for key in row if key not in NO_SCORES}
 
 
 @dataclass
@@ -60,9 +71,10 @@ class Log:
     """Writes a run's rows to metrics.jsonl, and says them on the console.
 
     Rows of updates hold step, loss, lr, grad_norm, tokens_per_second and (given a peak) mfu; rows
-    of evaluations hold step, train_loss, val_loss and what else the task scores. Update number s,
-    from 0, has step s, and an evaluation the number of updates before it: each step comes once
-    per kind.
+    of evaluations hold step, train_loss, val_loss, what else the task scores, and a sample where
+    there is one. Both hold seconds: the time of all updates so far, without that of evaluations,
+    of checkpoints, and of updates that were lost. Update number s, from 0, has step s, and an
+    evaluation the number of updates before it: each step comes once per kind.
     """
 
     path: Path
@@ -80,6 +92,7 @@ class Log:
             row for row in rows if all(row["step"] < start[key] for key in start if key in row)
         ]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.before = max((row.get("seconds") or 0.0 for row in kept), default=0.0)
         self.updates, self.tokens, self.seconds, self.evaluation_seconds = 0, 0, 0.0, 0.0
 
     def update(
@@ -97,6 +110,7 @@ class Log:
         speed = self.tokens / self.seconds
         row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         row["tokens_per_second"] = speed
+        row["seconds"] = self.before + self.seconds
         line = f"step {step:6d} | loss {loss:7.4f} | lr {lr:.2e} | gradient norm {grad_norm:6.3f}"
         line += f" | {speed:9,.0f} tok/s"
         if self.peak:
@@ -106,6 +120,7 @@ class Log:
             line += f" | {duration(self.seconds_left(step))} left"
         print(line, flush=True)
         self._write(row)
+        self.before += self.seconds
         self.updates, self.tokens, self.seconds = 0, 0, 0.0
 
     def seconds_left(self, step: int) -> float:
@@ -115,23 +130,38 @@ class Log:
         updates = end - step - 1
         return updates * self.seconds / self.updates + evaluations * self.evaluation_seconds
 
-    def evaluation(self, step: int, scores: dict[str, float], *, seconds: float) -> None:
-        """Note an evaluation and how long it took."""
+    def evaluation(
+        self,
+        step: int,
+        scores: dict[str, float],
+        *,
+        seconds: float,
+        sample: tuple[str, str] | None = None,
+    ) -> None:
+        """Note an evaluation, how long it took, and what the model does then (title, text)."""
         self.evaluation_seconds = seconds
-        print(evaluation_line(step, scores), flush=True)
-        self._write({"step": step, **scores})
-
-    def best(self) -> dict | None:
-        """The evaluation that best_by finds best, but for that of step 0."""
-        rows = [row for row in read_metrics(self.path) if row.get("val_loss") is not None]
-        rows = [row for row in rows if row["step"] > 0]
-        return min(rows, key=self.config.score_of, default=None)
+        lines, row = [evaluation_line(step, scores)], {"step": step, **scores}
+        row["seconds"] = self.before + self.seconds
+        if sample:
+            title, row["sample"] = sample
+            lines += [f"    {title}:", *(f"    | {line}" for line in sample[1].split("\n"))]
+        print("\n".join(lines), flush=True)
+        self._write(row)
 
     def _write(self, row: dict) -> None:
-        plain = {key: n if math.isfinite(n) else None for key, n in row.items()}  # JSON has no NaN
+        plain = {  # JSON has no NaN
+            key: n if isinstance(n, str) or math.isfinite(n) else None for key, n in row.items()
+        }
         append_text(self.path, json.dumps(plain) + "\n")
         for call in self.also:
             call(row)
+
+
+def best_evaluation(rows: Sequence[dict], config: TrainConfig) -> dict | None:
+    """Of a run's rows the evaluation that best_by finds best, but for that of step 0."""
+    keys = {"val_loss", "val_loss" if config.best_by == "loss" else config.best_by}
+    found = [row for row in rows if None not in map(row.get, keys) and row["step"] > 0]
+    return min(found, key=config.score_of, default=None)
 
 
 def evaluation_line(step: int, scores: dict[str, float]) -> str:

@@ -185,21 +185,25 @@ class Run:
     # Evaluation
 
     def evaluate(self) -> None:
-        """Evaluate, write a checkpoint (not of step 0), redraw the loss, show a sample.
+        """Evaluate, show a sample, write a checkpoint (not of step 0), redraw the loss.
 
-        A signal to stop ends the evaluation; the run that goes on begins with it.
+        A signal to stop ends the evaluation; the run that goes on begins with it. The sample
+        belongs to what is logged before the checkpoint: a run killed later has not lost it.
         """
         state, started = self.state, time.perf_counter()
         try:
             scores = self.scores()
+            score = self.config.score_of(scores)
+            sample = self.sample() if self.wants_sample() and math.isfinite(score) else None
+            self.leave_if_asked()  # a sample that was cut short is none
         except Stopped:
             if state.step > 0:
                 self.save_for_signal()
             raise
         state.evaluated = state.step
         if self.log:
-            self.log.evaluation(state.step, scores, seconds=time.perf_counter() - started)
-        score = self.config.score_of(scores)
+            seconds = time.perf_counter() - started
+            self.log.evaluation(state.step, scores, seconds=seconds, sample=sample)
         if not math.isfinite(score):
             if state.step >= self.config.max_iters:
                 raise NotFinite("the last evaluation's loss is not finite")
@@ -212,8 +216,6 @@ class Run:
             self.save(best=best)
         if self.world.leads:
             self.draw()
-        if self.config.sample_tokens and (self.world.leads or self.world.splits):
-            self.show()
 
     def scores(self) -> dict[str, float]:
         """The loss on fixed batches of both splits, and what else the task scores on val."""
@@ -268,22 +270,22 @@ class Run:
         except Exception as error:  # whatever it is, it is no reason to end a run
             print(f"warning   no picture: {error}")
 
-    def show(self) -> None:
-        """Print what the model does now."""
-        title, text = self.sample()
-        if self.world.leads:
-            lines = [f"    | {line}" for line in text.split("\n")]
-            print("\n".join((f"    {title}:", *lines)), flush=True)
+    def wants_sample(self) -> bool:
+        """Whether this process makes samples: one alone, or all where they share the model."""
+        return self.config.sample_tokens > 0 and (self.world.leads or self.world.splits)
+
+    def gives_up(self) -> bool:
+        """Whether this process need not finish its sample; those that share a model go on."""
+        return not self.world.splits and bool(self.signals.intersection(STOP))
 
     def sample(self) -> tuple[str, str]:
         """A title, and a text that shows what the model does now (see the task's show)."""
         model = self.state.model.eval()
         generator = torch.Generator(self.engine.device).manual_seed(self.config.seed)
-        heard = () if self.world.splits else self.signals  # those that came to this process alone
         with self.engine.autocast():
             title, pieces = self.task.show(
                 model, self.dataset, tokens=self.config.sample_tokens, generator=generator
             )
-            text = "".join(takewhile(lambda _: not heard, pieces))
+            text = "".join(takewhile(lambda _: not self.gives_up(), pieces))
         model.train()
         return title, text.strip("\n")

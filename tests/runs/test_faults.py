@@ -38,7 +38,7 @@ TEN_SAVES = [
     *TINY,
     f"--max_iters={SAVES}",
     "--eval_interval=1",
-    "--sample_tokens=0",
+    "--sample_tokens=2",
     "--dropout=0.2",
     f"--keep_checkpoints={KEEP}",
     "--init_from=auto",

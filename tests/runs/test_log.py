@@ -13,6 +13,7 @@ from nanolm.runs.log import (
     duration,
     peak_flops,
     read_metrics,
+    scores_of,
     wandb_log,
 )
 from nanolm.runs.pictures import draw_confusion, draw_losses
@@ -56,6 +57,41 @@ def test_a_resumed_log_forgets_what_came_after_its_checkpoint(tmp_path):
         file.write('{"step": 17, "lo')  # killed while writing
     write_run(log(tmp_path / "cut", start=10), 10, 20)
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+
+
+def test_seconds_are_those_of_all_updates_that_count(tmp_path):
+    """Of a run that was stopped, too; evaluations and lost updates are not in them."""
+    write_run(log(tmp_path / "m"), 0, 17)
+    write_run(log(tmp_path / "m", start=10), 10, 20)
+    rows = read_metrics(tmp_path / "m")
+    assert [row["seconds"] for row in rows] == [
+        (row["step"] + ("loss" in row)) * 0.5 for row in rows
+    ]
+
+
+def test_a_sample_is_kept_with_its_evaluation(tmp_path, capsys):
+    text = 'a "text"\n of lines\u2028and signs'
+    metrics = log(tmp_path / "m")
+    scores, sample = {"train_loss": 3.0, "val_loss": 3.5}, ("the model writes", text)
+    metrics.evaluation(5, scores, seconds=1.0, sample=sample)
+    [row] = read_metrics(tmp_path / "m")
+    assert row == {"step": 5, **scores, "seconds": 0.0, "sample": text}
+    shown = capsys.readouterr().out.split("\n")[1:]
+    assert shown == [
+        "    the model writes:",
+        '    | a "text"',
+        "    |  of lines\u2028and signs",
+        "",
+    ]
+    assert scores_of({**row, "perplexity": 9.0}) == {"perplexity": 9.0}
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1, "loss": "4"}', '{"step": 1, "sample": 3}', "[1]", "{"]
+)
+def test_what_is_no_row_is_left_out(line, tmp_path):
+    (tmp_path / "m").write_text(f'{line}\n{{"step": 2, "loss": 1.0}}\n')
+    assert read_metrics(tmp_path / "m") == [{"step": 2, "loss": 1.0}]
 
 
 def test_speed_time_left_and_utilization_leave_evaluations_apart(tmp_path, capsys):

@@ -50,9 +50,10 @@ MOMENTS = {
     "start-up": (run_start, "find_dataset"),
     "update": (training, "target_shares"),
     "evaluation": (run, "evaluate"),  # twice: one for each split
+    "sample": (run, "takewhile"),
     "save": (torch, "save"),
 }
-OF_THE_FIRST = ("start-up", "save")
+OF_THE_FIRST = ("start-up", "sample", "save")
 
 # ------------------------------------------------------------------------------------------
 # In the children
@@ -209,7 +210,7 @@ def test_at_start_up_a_run_leaves_at_once_and_writes_nothing(number, n, tiny_run
 @every_signal
 @pytest.mark.parametrize(
     ("moment", "call", "left_at", "saved_at"),
-    [("update", 3, 3, 3), ("evaluation", 3, 4, 5), ("save", 1, 5, 5)],
+    [("update", 3, 3, 3), ("evaluation", 3, 4, 5), ("sample", 2, 4, 5), ("save", 1, 5, 5)],
 )
 def test_a_signal_is_answered_after_the_update_or_in_the_evaluation(
     number, moment, call, left_at, saved_at, n, tiny_run, undisturbed
