@@ -21,7 +21,7 @@ from nanolm.model import count_parameters, flops_per_token
 from nanolm.parallel import World
 from nanolm.precision import Engine
 from nanolm.runs import checkpoint, pictures
-from nanolm.runs.folder import CONFUSION, METRICS_FILE, PICTURE, RUN_FILE, resuming
+from nanolm.runs.folder import CONFUSION, METRICS_FILE, RUN_FILE, resuming
 from nanolm.runs.log import Log, peak_flops, wandb_log
 from nanolm.runs.processes import any_of, broadcast
 from nanolm.runs.settings import TrainConfig
@@ -263,7 +263,7 @@ class Run:
         size = count_parameters(self.state.model)
         title = f"{self.folder.name}: {self.config.dataset}, {size:,} parameters"
         try:
-            pictures.draw_losses(self.folder / METRICS_FILE, self.folder / PICTURE, title=title)
+            pictures.draw_losses(self.folder, self.config, title=title)
             if self.confusion is not None:
                 labels = self.config.labels
                 pictures.draw_confusion(self.confusion, labels, self.folder / CONFUSION)

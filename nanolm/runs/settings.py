@@ -4,6 +4,7 @@ Names, and most defaults, are nanoGPT's where the meaning is the same, so that i
 mean here what they mean there. `python train.py --help` prints this table.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 
@@ -108,6 +109,11 @@ class TrainConfig(ModelConfig):
     def tokens_per_update(self) -> int:
         tokens = self.batch_tokens or self.batch_size * self.block_size
         return self.gradient_accumulation_steps * tokens
+
+    @property
+    def blind_loss(self) -> float:
+        """The loss, in nats, of one that finds all tokens, or all labels, equally likely."""
+        return math.log(len(self.labels) or self.vocab_size)
 
     def score_of(self, scores: dict[str, float]) -> float:
         """The number by which an evaluation is the best one: the lowest."""

@@ -1,12 +1,15 @@
 """Laws of the log."""
 
 import json
+import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from nanolm.runs.log import (
     Log,
@@ -144,19 +147,105 @@ def test_a_duration_is_said_to_the_last_unit_that_matters(seconds):
     assert parts["s"] < 60
 
 
-def test_the_picture_is_drawn_also_of_a_run_that_has_just_begun(tmp_path):
-    pytest.importorskip("matplotlib")
-    write_run(log(tmp_path / "m"), 0, 10)
-    assert draw_losses(tmp_path / "m", tmp_path / "loss.png", title="a run")
+def drawn(folder, rows, monkeypatch, **keys) -> list:
+    """The two panels of the picture of a run with these rows."""
+    figures = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, file, **_: figures.append(figure))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert draw_losses(folder, replace(CONFIG, vocab_size=55, **keys), title="a run")
+    figures[0].draw_without_rendering()  # of which a warning is an error
+    return figures[0].axes
+
+
+def lines_of(axes) -> dict:
+    """The points (N, 2) of each line, by its label."""
+    return {line.get_label(): line.get_xydata() for line in axes.lines}
+
+
+def evaluations(losses, every=5) -> list[dict]:
+    steps = range(0, every * len(losses), every)
+    return [
+        {"step": n, "train_loss": 3.0, "val_loss": v} for n, v in zip(steps, losses, strict=True)
+    ]
+
+
+def updates(losses) -> list[dict]:
+    return [{"step": n, "loss": loss, "lr": 0.1} for n, loss in enumerate(losses)]
+
+
+def test_the_picture_marks_the_best_evaluation_the_checkpoints_and_a_blind_guess(
+    tmp_path, monkeypatch
+):
+    """That of step 0 is no checkpoint, however good it is."""
+    for name in ("step_00000010.pt", "step_00000015.pt", "step_00000005.pt.bad"):
+        (tmp_path / name).touch()
+    rows = updates([4.0] * 15) + evaluations([3.1, 3.5, 3.25, 3.75])
+    above, below = drawn(tmp_path, rows, monkeypatch)
+    lines = lines_of(above)
+    assert lines["the best: best.pt"].tolist() == [[10, 3.25]]
+    assert lines["checkpoint kept"][:, 0].tolist() == [10, 15]
+    assert set(lines["a blind guess"][:, 1]) == {math.log(55)}
+    said = [text.get_text() for text in above.texts]
+    assert said == [f"blind: {math.log(55):.4g}", "best: 3.25"]
+    assert len(below.lines[0].get_xydata()) == 15
+    legend = {text.get_text() for text in above.figure.legends[0].get_texts()}
+    assert legend == lines.keys()
+    assert above.get_legend() is below.get_legend() is None  # which would hide lines
+
+
+def test_the_picture_marks_what_another_score_finds_best(tmp_path, monkeypatch):
+    rows = evaluations([3.1, 3.5, 3.25])
+    for row, f1 in zip(rows, [0.9, 0.75, 0.5], strict=True):
+        row["macro_f1"] = f1
+    keys = {"task": "classification", "best_by": "macro_f1", "head": "text"}
+    above, _ = drawn(tmp_path, rows, monkeypatch, labels=("a", "b", "c"), **keys)
+    said = [text.get_text() for text in above.texts]
+    assert said == ["blind: 1.099", "best: 3.5 (macro_f1 0.75)"]
+
+
+def test_a_few_losses_far_above_the_rest_do_not_squeeze_it(tmp_path, monkeypatch):
+    rows = updates([900.0] + [3.0 - n / 400 for n in range(400)]) + evaluations([2.9, 2.8])
+    above, _ = drawn(tmp_path, rows, monkeypatch)
+    assert above.get_ylim()[1] < 5
+    assert above.get_yscale() == "linear"
+    above, _ = drawn(tmp_path, updates([0.01 + 4 * 0.9**n for n in range(99)]), monkeypatch)
+    assert above.get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        updates([4.0]),
+        updates([None]),
+        updates([4.0, None, None, 3.0]),
+        updates([0.0, 0.0]),
+        evaluations([4.0]),
+        evaluations([4.0, None]),
+        updates([4.0] * 7) + evaluations([4.0, 3.0]) + updates([9.0] * 9)[5:],
+    ],
+    ids=["none", "one", "skipped", "gap", "zero", "evaluation", "infinite", "resumed"],
+)
+def test_the_picture_is_drawn_of_whatever_a_run_has_come_to(rows, tmp_path, monkeypatch):
+    above, _ = drawn(tmp_path, rows, monkeypatch)
+    n = sum(row.get("loss") is not None for row in rows)
+    lines = lines_of(above)
+    assert np.isfinite(lines.get("each logged update", np.zeros((0, 2)))[:, 1]).sum() == n
+    low, high = above.get_xlim()
+    assert low < 0 < high
+
+
+def test_a_picture_is_a_whole_png(tmp_path):
+    write_run(log(tmp_path / "metrics.jsonl"), 0, 10)
+    assert draw_losses(tmp_path, replace(CONFIG, vocab_size=55), title="a run")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "m").write_text(json.dumps({"step": 0, "train_loss": 1, "val_loss": 1}))
-    assert draw_losses(tmp_path / "m", tmp_path / "loss.png", title="a run")
 
 
 def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not draw_losses(tmp_path / "m", tmp_path / "loss.png", title="a run")
-    assert not (tmp_path / "loss.png").exists()
+    assert not draw_losses(tmp_path, CONFIG, title="a run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_are_sent_to_weights_and_biases_under_the_name_of_the_run(monkeypatch):
