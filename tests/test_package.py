@@ -19,6 +19,7 @@ ROOMS = {
     "hub": ("book", "text", "tasks", "system"),
     "runs": ("book", "text", "tasks", "hub", "system"),
     "plan": ("book", "text", "tasks", "runs", "system"),
+    "lab": ("book", "text", "tasks", "hub", "runs", "plan", "system"),
 }
 
 

@@ -14,12 +14,13 @@ from conftest import TINY
 from torch.distributed.run import get_args_parser
 
 from nanolm.hub.models import export_model
+from nanolm.lab.compare import CompareConfig
 from nanolm.layers import ModelConfig
 from nanolm.model import build_model
 from nanolm.plan.costs import PlanConfig
 from nanolm.runs.load import WORDS, ExportConfig
 from nanolm.runs.settings import TrainConfig
-from nanolm.system.config import load_config
+from nanolm.system.config import load_config, split_arguments
 from nanolm.text.tokenizer import BPETokenizer
 from prepare import PrepareConfig
 from sample import SampleConfig
@@ -62,6 +63,8 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
         load_config(ExportConfig, words[2:], positional=WORDS)
     elif words[:2] == ["-m", "nanolm.plan"]:
         load_config(PlanConfig, words[2:])
+    elif words[:2] == ["-m", "nanolm.lab.compare"]:
+        split_arguments(CompareConfig, words[2:])
     elif words[:1] == ["-m"]:
         importlib.import_module(words[1]).parser().parse_args(words[2:])
     elif program in ("python", "torchrun"):
