@@ -12,7 +12,6 @@ from nanolm.runs.log import best_evaluation, read_metrics
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.files import whole_file
 
-LOSSES = ("loss", "train_loss", "val_loss")
 LOG_FROM = 3  # an axis is logarithmic where the largest loss is so many times the smallest
 
 
@@ -31,18 +30,19 @@ def draw_losses(folder: Path, config: TrainConfig, *, title: str) -> bool:
     plot(above, series(rows, "loss"), color="0.7", linewidth=1, label="each logged update")
     plot(above, series(rows, "train_loss"), color="C0", marker="o", label="training text")
     plot(above, series(rows, "val_loss"), color="C1", marker="o", label="validation text")
-    found = np.concatenate([series(rows, key)[:, 1] for key in LOSSES])
-    show_most(above, found, line=config.blind_loss)
+    losses = [series(rows, key)[:, 1] for key in ("loss", "train_loss", "val_loss")]
+    show_most(above, np.concatenate(losses), line=config.blind_loss)
     mark_blind_guess(above, config.blind_loss)
     plot(below, series(rows, "lr"), color="C2")
     above.set(ylabel="loss (nats)", title=title)
     below.set(xlabel="update", ylabel="learning rate", ylim=(0, None))
     below.yaxis.set_major_formatter("{x:g}")
+    below.xaxis.set_major_formatter("{x:,.0f}")
+    below.xaxis.get_major_locator().set_params(integer=True)
     mark_checkpoints(above, [step_of(path) for path in step_files(folder)])
     last = max((row["step"] for row in rows), default=0) or 1
     above.set_xlim(-0.03 * last, 1.03 * last)
     for axes in (above, below):
-        count_along(axes.xaxis)
         axes.grid(alpha=0.3)
     mark_best(above, rows, config)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -63,12 +63,6 @@ def plot(axes: Any, pairs: np.ndarray, **style: object) -> None:
         if len(pairs) == 1:  # of which a line shows nothing
             style["marker"] = "o"
         axes.plot(*pairs.T, **{"markersize": 4, **style})
-
-
-def count_along(axis: Any) -> None:
-    """Whole numbers, with a comma after each thousand."""
-    axis.set_major_formatter("{x:,.0f}")
-    axis.get_major_locator().set_params(integer=True)
 
 
 def show_most(axes: Any, numbers: np.ndarray, *, line: float | None = None) -> None:
@@ -119,8 +113,7 @@ def mark_best(axes: Any, rows: Sequence[dict], config: TrainConfig) -> None:
     place, text = (best["step"], best["val_loss"]), f"best: {best['val_loss']:.4g}"
     if by != "loss":
         text += f" ({by} {best[by]:.4g})"
-    ring = {"color": "C3", "markersize": 9, "fillstyle": "none", "linestyle": "none"}
-    axes.plot(*place, marker="o", label="the best: best.pt", **ring)
+    axes.plot(*place, "oC3", markersize=9, fillstyle="none", label="the best: best.pt")
     side = "right" if best["step"] > sum(axes.get_xlim()) / 2 else "left"
     note(axes, text, place, "C3", xytext=(0, 10), ha=side)
 
