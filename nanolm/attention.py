@@ -43,6 +43,31 @@ def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
+def attention_weights(
+    q: Tensor, k: Tensor, *, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """How much each query looks at each key: softmax(Q K^T / sqrt(hs)), (B, nh, T, S).
+
+    q: (B, nh, T, hs); k: (B, n_kv_head, S, hs), where n_kv_head divides nh and query head i reads
+    key head i // (nh / n_kv_head). mask: booleans that broadcast to (B, nh, T, S), True where a
+    query may look; each query needs at least one key. causal: also forbid what comes later
+    (S >= T).
+    """
+    (nh, T, hs), S = q.shape[1:], k.shape[-2]
+    scores = q @ for_each_query(k, nh).transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    if causal:
+        scores = scores.masked_fill(~causal_mask(T, S, q.device), -math.inf)
+    return torch.softmax(scores, dim=-1)
+
+
+def for_each_query(x: Tensor, nh: int) -> Tensor:
+    """Keys or values, (B, n_kv_head, S, hs), each head as often as query heads read it."""
+    groups = nh // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)  # (B, nh, S, hs)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -55,27 +80,16 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention, as the formula (Vaswani et al. 2017, eq. 1).
 
-    q: (B, nh, T, hs); k, v: (B, n_kv_head, S, hs), where n_kv_head divides nh and query head i
-    reads key/value head i // (nh / n_kv_head). mask: booleans that broadcast to (B, nh, T, S),
-    True where a query may look; each query needs at least one key. causal: also forbid what comes
-    later (S >= T). dropout: the probability that a weight is dropped. heads: where those of q are
-    only a part, the number of the first and of all. Returns (B, nh, T, hs).
+    q, k, causal, mask: as of attention_weights; v: as k. dropout: the probability that a weight is
+    dropped. heads: where those of q are only a part, the number of the first and of all. Returns
+    (B, nh, T, hs).
     """
-    (nh, T, hs), S = q.shape[1:], k.shape[-2]
-    groups = nh // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    if causal:
-        scores = scores.masked_fill(~causal_mask(T, S, q.device), -math.inf)
-    weights = torch.softmax(scores, dim=-1)
+    weights = attention_weights(q, k, causal=causal, mask=mask)  # (B, nh, T, S)
     if dropout and heads is not None:
         weights = weights * dropout_of_part(weights, dropout, *heads)
     else:
         weights = F.dropout(weights, dropout)
-    return weights.to(v.dtype) @ v  # (B, nh, T, hs)
+    return weights.to(v.dtype) @ for_each_query(v, q.shape[1])  # (B, nh, T, hs)
 
 
 def dropout_of_part(weights: Tensor, dropout: float, first: int, n_head: int) -> Tensor:
@@ -230,10 +244,14 @@ class MultiHeadAttention(nn.Module):
                 q, k = rotate(q, angles), rotate(k, angles)
             if cache is not None:
                 k, v = cache.append(k, v)  # (B, n_kv_head, S, hs)
+        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """attention, by the faster way. Shapes as there."""
         dropout = self.dropout if self.training else 0.0
-        formula = prefer_formula(x.device.type, q.dtype, T, k.shape[2])
+        formula = prefer_formula(q.device.type, q.dtype, q.shape[2], k.shape[2])
         attend = attention if formula else fast_attention
         if q.shape[1] < self.n_head and dropout:
             attend = partial(attention, heads=(self.first_head, self.n_head))
-        y = attend(q, k, v, causal=self.causal, mask=mask, dropout=dropout)  # (B, nh, T, hs)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return attend(q, k, v, causal=self.causal, mask=mask, dropout=dropout)
