@@ -29,7 +29,7 @@ from nanolm.tasks.answering import AnsweringTask
 from nanolm.tasks.causal import CausalTask
 from nanolm.tasks.labelled import LabelledTask
 from nanolm.tasks.masked import MaskedTask
-from nanolm.text.documents import read_text
+from nanolm.text.documents import read_text, text_or_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +76,6 @@ class SampleConfig:
             raise ValueError("start, input and chat: give one of them")
 
 
-def read_prompt(start: str | None) -> str:
-    """The text to continue: start itself, or the content of the file it names."""
-    if start is None:
-        return ""
-    text = start
-    if start.startswith("FILE:"):
-        path = Path(start.removeprefix("FILE:"))
-        if not path.is_file():
-            raise FileNotFoundError(f"start={start!r}: there is no such file")
-        text = read_text(path)
-    if not text:
-        raise ValueError(f"start={start!r}: the prompt is empty; give at least one character")
-    return text
-
-
 def check_files(config: SampleConfig) -> None:
     """Raise FileNotFoundError or ValueError where lines cannot be read, or answers not written."""
     if config.input and not Path(config.input).is_file():
@@ -122,7 +107,7 @@ def sampling_engine(config: SampleConfig, hardware: Hardware) -> Engine:
 
 def main(arguments: list[str]) -> None:
     config = load_config(SampleConfig, arguments)
-    prompt = read_prompt(config.start)
+    prompt = "" if config.start is None else text_or_file("start", config.start)
     engine = sampling_engine(config, find_hardware())
     check_files(config)
     resume = config.init_from == "resume"

@@ -22,7 +22,7 @@ Textbook loops come first. They are the meaning of what follows, and its test.
 
 import heapq
 import math
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import pairwise
@@ -163,7 +163,15 @@ def encode_piece(piece: str, ranks: Mapping[bytes, int]) -> list[int]:
 
 def merge_bytes(text: bytes, ranks: Mapping[bytes, int], *, below: float = math.inf) -> list:
     """The tokens that the merges of a rank below the given one make of some bytes."""
+    return deque(merge_steps(text, ranks, below=below), maxlen=1).pop()  # keeps the last one
+
+
+def merge_steps(
+    text: bytes, ranks: Mapping[bytes, int], *, below: float = math.inf
+) -> Iterator[list]:
+    """The bytes as tokens of one byte each; then what each merge makes of them, to the last."""
     word = [text[i : i + 1] for i in range(len(text))]
+    yield word
     while len(word) > 1:
         found = [ranks.get(left + right, math.inf) for left, right in pairwise(word)]
         lowest = min(found)
@@ -171,7 +179,7 @@ def merge_bytes(text: bytes, ranks: Mapping[bytes, int], *, below: float = math.
             break
         i = found.index(lowest)
         word = merge(word, (word[i], word[i + 1]), word[i] + word[i + 1])
-    return word
+        yield word
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:

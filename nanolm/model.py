@@ -165,11 +165,13 @@ class Transformer(Tower):
         the context would be longer than block_size.
         """
         x = self.hidden(ids, mask=mask, types=types, segments=segments, cache=cache)  # (B, T, C)
+        return self.read(self.transform(self.pick(x, places, mask)), targets)
+
+    def pick(self, x: Tensor, places: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The vectors that get an answer: of x, (B, T, C), those that forward names, (B, P, C)."""
         if places is not None:
-            x = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))  # (B, P, C)
-        elif self.config.head == "text":
-            x = masked_mean(x, mask)
-        return self.read(self.transform(x), targets)
+            return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+        return masked_mean(x, mask) if self.config.head == "text" else x
 
     def read(self, x: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the head makes of vectors, (B, P, C): logits, or the loss."""

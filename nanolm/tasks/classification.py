@@ -51,13 +51,17 @@ class ClassificationTask(LabelledTask):
         """Matthews correlation."""
         return {"mcc": scores.matthews(self.matrix(counts))}
 
+    def question(self, text: str, tokenizer: Tokenizer) -> Batch:
+        """The batch of a text alone; of two, with the token that ends a text between them."""
+        ids = tokenizer.encode(text, allowed_special="all")
+        batch, lengths = self.inputs([framed(tokenizer, ids)], tokenizer)
+        return batch | self.places(lengths)
+
     def answer(
         self, model: Transformer, tokenizer: Tokenizer, text: str, **options: object
     ) -> list[Iterator[str]]:
-        """The likeliest labels of a text; of two, with the token that ends a text between them."""
-        ids = tokenizer.encode(text, allowed_special="all")
-        batch, lengths = self.inputs([framed(tokenizer, ids)], tokenizer)
-        p = self.probabilities(model, batch | self.places(lengths))[0]
+        """The likeliest labels of a text, or of two (see question)."""
+        p = self.probabilities(model, self.question(text, tokenizer))[0]
         best = p.topk(min(SHOWN, len(p)))
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [iter(["  ".join(f"{self.labels[i]} {share:.1%}" for i, share in found)])]

@@ -92,10 +92,7 @@ class MaskedTask(CausalTask):
 
         Raises ValueError where there is no mask.
         """
-        ids = tokenizer.encode(text, allowed_special="all")
-        if tokenizer.begin_of_text is not None:
-            ids = [tokenizer.begin_of_text, *ids, tokenizer.end_of_text]
-        mask = mask_of(tokenizer)
+        ids, mask = framed_text(tokenizer, text), mask_of(tokenizer)
         places = [place for place, token in enumerate(ids) if token == mask]
         if not places:
             name = tokenizer.decode([mask])
@@ -119,3 +116,9 @@ class MaskedTask(CausalTask):
         text = tokenizer.decode([*ids, mask_of(tokenizer)])
         [answer] = self.answer(model, tokenizer, text)
         return "the model fills in", chain([text, "\n"], answer)
+
+
+def framed_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text in which special tokens mean themselves, framed where that is usual."""
+    ids, begin = tokenizer.encode(text, allowed_special="all"), tokenizer.begin_of_text
+    return ids if begin is None else [begin, *ids, tokenizer.end_of_text]

@@ -63,16 +63,18 @@ class TaggingTask(LabelledTask):
         f1 = scores.precision_recall_f1(*counts[-3:].numpy())[2]
         return {"entity_f1": float(f1)} if self.has_names else {}
 
+    def question(self, text: str, tokenizer: Tokenizer) -> Batch:
+        """The batch of a text alone, with the places of its words."""
+        ids, places = word_places(text.split(), tokenizer)
+        batch, _ = self.inputs([ids], tokenizer)
+        return batch | {"places": np.array([[i for i in places if i < self.block_size]])}
+
     def answer(
         self, model: Transformer, tokenizer: Tokenizer, text: str, **options: object
     ) -> list[Iterator[str]]:
         """The words of a text, a line each, with their labels."""
-        words = text.split()
-        ids, places = word_places(words, tokenizer)
-        places = [place for place in places if place < self.block_size]
-        batch, _ = self.inputs([ids], tokenizer)
-        p = self.probabilities(model, batch | {"places": np.array([places])})
-        found = zip(words, p.argmax(dim=-1).tolist(), p.amax(dim=-1).tolist(), strict=False)
+        p = self.probabilities(model, self.question(text, tokenizer))
+        found = zip(text.split(), p.argmax(dim=-1).tolist(), p.amax(dim=-1).tolist(), strict=False)
         return [iter(["\n".join(f"{word}\t{self.labels[i]} {s:.1%}" for word, i, s in found)])]
 
 

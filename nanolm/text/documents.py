@@ -121,3 +121,19 @@ def json_lines(file: Iterable[bytes], name: object, text_key: str) -> Iterator[d
                 f"holds a string{keys}"
             ) from None
         yield record
+
+
+def text_or_file(key: str, value: str) -> str:
+    """The value of a key, or the content of the file that it names: FILE:PATH.
+
+    Raises FileNotFoundError where there is none, ValueError where there is nothing in it.
+    """
+    text = value
+    if value.startswith("FILE:"):
+        path = Path(value.removeprefix("FILE:"))
+        if not path.is_file():
+            raise FileNotFoundError(f"{key}={value!r}: there is no such file")
+        text = read_text(path)
+    if not text:
+        raise ValueError(f"{key}={value!r}: there is no text; give at least one character")
+    return text

@@ -280,7 +280,7 @@ ROWS = [
     row("no best", remove("out/*/*.pt"), SAMPLE, "out/tiny holds no model"),
     row("all damaged", change("out/tiny/*.pt", flip), SAMPLE, "no sound checkpoint"),
     row("prompt", nothing, (*SAMPLE, "--start=a\u20ac"), "'\u20ac'", "use only"),
-    row("no prompt", nothing, (*SAMPLE, "--start="), "prompt is empty", "at least one"),
+    row("no prompt", nothing, (*SAMPLE, "--start="), "there is no text", "at least one"),
     row("prompt file", nothing, (*SAMPLE, "--start=FILE:a.txt"), "FILE:a.txt", "no such file"),
     row("temperature", nothing, (*SAMPLE, "--temperature=-1"), "temperature=-1", "at least 0"),
     row("top_p", nothing, (*SAMPLE, "--top_p=0"), "top_p=0", "above 0"),
