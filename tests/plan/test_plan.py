@@ -25,8 +25,9 @@ SMALL = TrainConfig(vocab_size=512, block_size=64, n_layer=4, n_head=4, n_embd=2
 # ------------------------------------------------------------------------------------------
 # Against measurement
 
-QUICK = [("one", {}, "float32"), ("both, 2 x 2", MODERN, "bfloat16")]
+QUICK = [("one", {}, "float32")]
 MORE = [
+    ("both, 2 x 2", MODERN, "bfloat16"),
     ("one", {"gradient_accumulation_steps": 1, "block_size": 512}, "float32"),
     ("one", {"recompute": True, "block_size": 256}, "float32"),
     ("one", {**MODERN, "optimizer": "muon", "n_kv_head": 2, "qk_norm": True}, "float32"),
