@@ -42,6 +42,13 @@ def test_every_offset_occurs_including_the_one_that_ends_the_text():
     assert offsets == set(range(n - 2 * block_size))
 
 
+@given(lengths, block_sizes)
+def test_an_epoch_takes_one_window_fewer_than_fit_and_at_least_one(n, block_size):
+    assume(n > block_size)
+    fit = len(range(0, n - block_size, block_size))
+    assert windows_per_epoch(n, block_size) == max(1, fit - 1)
+
+
 def test_a_text_of_one_window_is_enough():
     assert windows_per_epoch(6, 5) == 1
     with pytest.raises(ValueError, match=r"block_size=6.* needs 7 tokens and there are 6"):
@@ -51,7 +58,7 @@ def test_a_text_of_one_window_is_enough():
 @given(lengths, block_sizes, seeds, st.integers(1, 7), st.integers(0, 50))
 def test_a_batch_is_windows_of_the_text_and_their_next_tokens(n, block_size, seed, batch, index):
     assume(n > block_size)
-    tokens = np.arange(n)  # each token tells its place
+    tokens = np.arange(n, dtype=np.uint16)  # as in a file; each token tells its place
     shape = {"batch_size": batch, "block_size": block_size, "seed": seed}
     ids, targets = training_batch(tokens, index, **shape).values()
     assert ids.shape == targets.shape == (batch, block_size)

@@ -21,6 +21,7 @@ from nanolm.bpe import (
     learn_merges_naive,
     merge,
     merge_bytes,
+    merge_steps,
     merges_of,
     neighbours,
     split,
@@ -76,6 +77,11 @@ def test_merge_replaces_a_pair_from_left_to_right(word, pair):
     assert "".join(merge(word, pair, "Z")) == word.replace("".join(pair), "Z")
 
 
+def test_all_neighbours_are_pairs_and_in_a_run_every_second_one_counts():
+    assert list(neighbours("abcad")) == list(pairwise("abcad"))
+    assert [len(list(neighbours("a" * n))) for n in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
 @given(words, pairs)
 def test_neighbours_counts_the_pairs_that_merge_replaces(word, pair):
     """Pairs that overlap, as in aaa, count once: only one of them can be merged."""
@@ -88,6 +94,14 @@ def test_the_example_at_the_top_of_the_chapter():
     merges = learn_merges_naive([text], 3)
     assert merges == [(a, a), (a, b), (Z, Y)]
     assert encode_piece(text, ranks_of(merges)) == [X, d, X, a, c]
+
+
+def test_the_steps_of_the_example_are_those_of_the_chapter():
+    """Each merges a pair at all its places, and is a list of its own."""
+    ranks = {b"aa": N_BYTES, b"ab": N_BYTES + 1, b"aaab": N_BYTES + 2}
+    steps = [b" ".join(word) for word in list(merge_steps(b"aaabdaaabac", ranks))]
+    assert steps[:2] == [b"a a a b d a a a b a c", b"aa a b d aa a b a c"]
+    assert steps[2:] == [b"aa ab d aa ab a c", b"aaab d aaab a c"]
 
 
 @pytest.mark.parametrize("learn", [learn_merges, learn_merges_naive])
@@ -113,6 +127,13 @@ def test_a_word_of_many_letters_is_not_walked_through_for_each_merge():
     began = time.process_time()
     assert len(list(learn_merges({word: 1}, 1000))) == 1000
     assert time.process_time() - began < 100 * walk
+
+
+def test_tokens_are_the_bytes_and_then_what_each_merge_joins():
+    a, b, c = b"abc"
+    tokens = tokens_of([(a, b), (N_BYTES, c)])
+    assert tokens[N_BYTES:] == [b"ab", b"abc"]
+    assert tokens[:N_BYTES] == [bytes([i]) for i in range(N_BYTES)]
 
 
 @given(corpora)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanolm.batches import evaluation_batches
-from nanolm.evaluation import bits_per_byte, evaluate, mean_loss, perplexity
+from nanolm.evaluation import accuracy_counts, bits_per_byte, evaluate, mean_loss, perplexity
 from nanolm.layers import ModelConfig
 from nanolm.model import GPT
 
@@ -44,6 +44,13 @@ def test_the_loss_is_the_mean_over_tokens_however_they_are_batched(n, one, other
     assert len(surprise) == n - 1
     assert first == pytest.approx(second, abs=1e-6)
     assert first == pytest.approx(np.mean(surprise), abs=1e-5)
+
+
+def test_the_loss_is_the_same_where_hits_are_counted_too():
+    model, tokens = GPT(CONFIG), np.arange(30) % 11
+    counts = evaluate(model, batches(tokens, 3), tally=accuracy_counts)
+    assert len(counts) == 3
+    assert mean_loss(counts) == pytest.approx(loss(model, batches(tokens, 3)))
 
 
 def test_evaluation_leaves_mode_and_random_numbers_alone():

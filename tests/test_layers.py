@@ -15,13 +15,27 @@ from strategies import model_configs, scramble, seeds, to_torch, weights_of
 from nanolm.layers import MLPS, NORMS, POSITIONS, Block, GatedMLP, ModelConfig, sinusoids
 
 TINY = ModelConfig(vocab_size=17, block_size=11, n_layer=2, n_head=2, n_embd=6)
+GATED = [kind for kind in MLPS if issubclass(MLPS[kind].func, GatedMLP)]
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", MLPS)
+@pytest.mark.parametrize("kind", [kind for kind in MLPS if kind not in GATED])
 @given(seed=seeds)
 @settings(deadline=None, max_examples=10)
 def test_every_mlp_is_its_formula(kind, bias, seed):
+    check_mlp(kind, bias, seed)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", GATED)
+@given(seed=seeds)
+@settings(deadline=None, max_examples=10)
+def test_every_mlp_with_a_gate_is_its_formula(kind, bias, seed):
+    check_mlp(kind, bias, seed)
+
+
+def check_mlp(kind, bias, seed):
+    """It answers as its formula."""
     config = dataclasses.replace(TINY, mlp=kind, n_hidden=23, bias=bias)
     module = scramble(MLPS[kind](config).double(), seed)
     x = np.random.default_rng(seed).normal(size=(2, 3, 6)) * 3
@@ -40,6 +54,16 @@ def test_every_norm_is_its_formula(kind, bias, seed, eps, scale):
     assert_close(module(*to_torch(x)), reference.NORMS[kind](x, weights_of(module), eps), 1e-10)
 
 
+@pytest.mark.parametrize("kind", MLPS)
+def test_every_activation_is_its_formula(kind):
+    """And leaves what it is given as it was."""
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    before = x.clone()
+    formula, _ = reference.MLPS[kind]
+    assert_close(MLPS[kind].keywords["activation"](x), formula(before.numpy()), 1e-12)
+    assert torch.equal(x, before)
+
+
 def test_the_tanh_form_of_gelu_is_within_a_thousandth_of_the_exact_one():
     x = np.linspace(-10, 10, 2001)
     assert_close(reference.gelu_tanh(x), reference.gelu_erf(x), 1e-4)
@@ -49,7 +73,9 @@ def test_the_tanh_form_of_gelu_is_within_a_thousandth_of_the_exact_one():
 @settings(deadline=None, max_examples=30)
 def test_sinusoids_are_their_formula(length, n_embd):
     """For an odd number of channels too."""
-    assert_close(sinusoids(length, n_embd), reference.sinusoids(length, n_embd))
+    found = sinusoids(length, n_embd)
+    assert_close(found, reference.sinusoids(length, n_embd))
+    assert found.dtype == torch.float32
 
 
 @given(model_configs(norm_first=True), seeds, st.booleans())
@@ -65,6 +91,26 @@ def test_a_block_adds_what_its_residual_writers_write_and_nothing_else(config, s
         for p in writer.parameters():
             p.data.zero_()
     assert torch.equal(block(x, **look), x)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_block_normalizes_what_it_reads_or_else_the_sum(first):
+    """And leaves its input as it was."""
+    block = Block(dataclasses.replace(TINY, norm_first=first), causal=True)
+    x, norm, change = torch.randn(2, 3, 6), torch.sin, torch.cos
+    expected = x + change(norm(x)) if first else norm(x + change(x))
+    before = x.clone()
+    assert_close(block.add(x, change, norm), expected)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_block_drops_of_what_it_adds_alone(first):
+    """With all of that dropped, its input is left."""
+    block = Block(dataclasses.replace(TINY, norm_first=first, dropout=0.5), causal=True)
+    block.dropout.p = 1.0
+    x, norm, change = torch.randn(2, 3, 6), torch.sin, torch.cos
+    assert_close(block.add(x, change, norm), x if first else norm(x))
 
 
 # The config

@@ -20,6 +20,7 @@ from strategies import (
     random_tokens,
     scramble,
     seeds,
+    to_torch,
     torch_seeded,
     weights_of,
 )
@@ -32,6 +33,8 @@ from nanolm.model import (
     build_model,
     count_parameters,
     flops_per_token,
+    masked_mean,
+    positions_within,
 )
 from nanolm.sampling import generate
 
@@ -224,6 +227,34 @@ def test_a_text_among_others_in_a_row_is_as_alone(path, config, seed, data):
     gradients = [torch.autograd.grad(one, model.blocks.parameters()) for one in (loss, apart)]
     for found, expected in zip(*gradients, strict=True):
         assert_close(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_each_row_is_cut_into_texts_at_places_of_its_own(position):
+    """Which are as alone: as many rows as heads, so that the two are not mixed up unseen."""
+    model = random_model(dataclasses.replace(TINY, position=position, head_size=4), 0)
+    ids, cuts = random_tokens(TINY, 0), ([4, 7], [9, 2])
+    segments = torch.tensor([[0] * first + [1] * second for first, second in cuts])
+    texts = [row.split(cut, dim=1) for row, cut in zip(ids.split(1), cuts, strict=True)]
+    alone = [torch.cat([model(text)[0] for text in row], dim=1) for row in texts]
+    assert_close(model(ids, segments=segments)[0], torch.cat(alone), 1e-10)
+
+
+def test_positions_begin_anew_with_each_segment():
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2], [3, 5, 5, 5, 5, 0]])
+    assert positions_within(segments).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0]]
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_a_masked_mean_is_that_of_the_tokens_that_are_kept(seed):
+    """Without a mask, of all."""
+    random = np.random.default_rng(seed)
+    x, mask = random.normal(size=(2, 5, 3)), random.random((2, 5)) < 0.5
+    mask[:, random.integers(5)] = True
+    expected = [row[kept].mean(axis=0, keepdims=True) for row, kept in zip(x, mask, strict=True)]
+    assert_close(masked_mean(*to_torch(x, mask)), expected, 1e-12)
+    assert_close(masked_mean(*to_torch(x), None), x.mean(axis=1, keepdims=True), 1e-12)
 
 
 # An encoder and a decoder

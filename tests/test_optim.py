@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import assert_close
 from strategies import torch_seeded
 
 from nanolm.layers import ModelConfig
 from nanolm.model import GPT
-from nanolm.optim import OPTIMIZERS, SCHEDULES, learning_rate, orthogonalize, parameter_groups
+from nanolm.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
+    adam_direction,
+    learning_rate,
+    orthogonalize,
+    parameter_groups,
+)
 
 SEEDS = st.integers(0, 1000)
 BETAS = (0.9, 0.95)
@@ -96,6 +103,27 @@ def test_a_gradient_of_zero_moves_nothing(name):
         p.grad = torch.zeros_like(p)
     OPTIMIZERS[name](groups_of(parameters, 0.0), lr=0.1, betas=BETAS).step()
     assert all(torch.equal(p, torch.ones_like(p)) for p in parameters)
+
+
+@given(st.sampled_from([1e-4, 1.0, 1e4]), st.integers(1, 5))
+def test_a_constant_gradient_makes_adam_go_by_its_sign(scale, steps):
+    """Whatever its scale, and from the first step on, when the running means began with zeros."""
+    p, memory = torch.zeros(3), {}
+    p.grad = scale * torch.tensor([1.0, -2.0, 0.0])
+    for _ in range(steps):
+        direction = adam_direction(p, memory, BETAS)
+    assert_close(direction, torch.tensor([1.0, -1.0, 0.0]), 1e-3)
+
+
+@given(SEEDS, st.integers(1, 4))
+def test_adam_s_direction_is_its_formula(seed, steps):
+    random, p, memory = np.random.default_rng(seed), torch.zeros(5, dtype=torch.float64), {}
+    means = np.zeros(5), np.zeros(5)
+    for step in range(1, steps + 1):
+        gradient = random.normal(size=5)
+        p.grad = torch.tensor(gradient)
+        expected, *means = reference.adam_direction(gradient, *means, step, BETAS)
+        assert_close(adam_direction(p, memory, BETAS), expected, 1e-9)
 
 
 def test_lamb_moves_a_tensor_of_zeros_by_the_rate():
@@ -181,6 +209,24 @@ plans = st.fixed_dictionaries(
         "cooldown_iters": st.integers(1, 100),
     }
 )
+PLAN = {
+    "schedule": "cosine",
+    "peak": 1.0,
+    "warmup_iters": 4,
+    "decay_iters": 9,
+    "cooldown_iters": 2,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@given(st.integers(0, 30), st.integers(1, 100), st.integers(1, 100), st.data())
+def test_every_schedule_falls_from_1_by_its_formula(name, start, length, cooldown, data):
+    end = start + length
+    iters = {"warmup_iters": start, "decay_iters": end, "cooldown_iters": cooldown}
+    assert SCHEDULES[name](start, **iters) == pytest.approx(1)
+    step = data.draw(st.integers(start, end - 1), "step")
+    expected = reference.SCHEDULES[name](step, **iters)
+    assert SCHEDULES[name](step, **iters) == pytest.approx(expected, abs=1e-12)
 
 
 @given(plans, st.floats(0, 1), st.integers(0, 150))
@@ -191,6 +237,7 @@ def test_the_learning_rate_is_the_formula(plan, share, step):
     assert rate == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
+@example(PLAN, 0.5, 0)
 @given(plans, st.floats(0.01, 1), st.integers(0, 150))
 def test_the_learning_rate_is_positive_and_at_most_its_peak(plan, share, step):
     """Also at step 0, and where warm-up and decay end at the same step."""

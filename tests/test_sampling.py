@@ -50,11 +50,33 @@ def test_top_k_keeps_the_k_largest(row, k):
     )
 
 
+def test_all_that_are_equal_to_the_kth_largest_stay():
+    assert kept(keep_top_k(torch.tensor([1.0, 2.0, 0.0, 1.0]), 2)) == {0, 1, 3}
+
+
+@given(st.lists(logit_rows, min_size=2, max_size=3))
+def test_each_row_keeps_its_own_top_k(rows):
+    found = keep_top_k(torch.tensor(rows, dtype=torch.float64), 3)
+    assert [kept(row) for row in found] == [reference.top_k(np.array(row), 3) for row in rows]
+
+
+@given(st.lists(logit_rows, min_size=2, max_size=3))
+def test_each_row_keeps_its_own_top_p(rows):
+    found = keep_top_p(torch.tensor(rows, dtype=torch.float64), 0.5)
+    assert [kept(row) for row in found] == [reference.top_p(np.array(row), 0.5) for row in rows]
+
+
 @given(logit_rows)
-def test_without_a_choice_all_tokens_are_kept(row):
+def test_without_a_k_all_tokens_are_kept(row):
     logits = torch.tensor(row)
-    for all_of_them in (keep_top_k(logits, None), keep_top_k(logits, 0), keep_top_p(logits, None)):
-        assert torch.equal(all_of_them, logits)
+    assert torch.equal(keep_top_k(logits, None), logits)
+    assert torch.equal(keep_top_k(logits, 0), logits)
+
+
+@given(logit_rows)
+def test_without_a_p_all_tokens_are_kept(row):
+    logits = torch.tensor(row)
+    assert torch.equal(keep_top_p(logits, None), logits)
     assert torch.equal(keep_top_p(logits, 1.0), logits)
 
 

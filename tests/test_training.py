@@ -21,7 +21,14 @@ from nanolm.model import GPT
 from nanolm.optim import adamw, parameter_groups
 from nanolm.parallel import ALONE, World
 from nanolm.precision import CPU, Engine
-from nanolm.training import TrainState, dropout_seed, recompute_blocks, train, update
+from nanolm.training import (
+    TrainState,
+    dropout_seed,
+    recompute_blocks,
+    target_shares,
+    train,
+    update,
+)
 
 CONFIG = ModelConfig(vocab_size=11, block_size=7, n_layer=1, n_head=2, n_embd=6)
 DROPOUT = replace(CONFIG, dropout=0.5)
@@ -51,6 +58,14 @@ def gradients(micro_batches, dtype="float32", **options):
     loss, norm, _ = update(state, micro_batches, learning_rate=1.0, **options)
     pairs = zip(before, state.model.parameters(), strict=True)
     return loss, norm, [(a - b).detach().numpy() for a, b in pairs]
+
+
+def test_the_shares_of_micro_batches_are_those_of_their_targets():
+    """Token 0 is a target as any other; -1 is none."""
+    rows = ([3, 0, 5, 1], [-1, -1, 0, -1], [-1, -1, -1, -1])
+    batches = [{"ids": np.array([row]), "targets": np.array([row])} for row in rows]
+    assert target_shares(batches) == pytest.approx([0.8, 0.2, 0.0])
+    assert target_shares(batches[2:]) == [0.0]
 
 
 @settings(deadline=None, max_examples=20)
@@ -113,6 +128,8 @@ def test_blocks_that_are_computed_again_keep_little():
 
 
 def test_dropout_seeds_differ_for_every_micro_batch():
+    """And they are the same when they are asked for again, as after resuming."""
+    assert dropout_seed(1, 2, 3) == dropout_seed(1, 2, 3)
     seeds = {dropout_seed(s, t, j) for s in range(5) for t in range(20) for j in range(5)}
     assert len(seeds) == 5 * 20 * 5
 

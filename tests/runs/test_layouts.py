@@ -14,10 +14,7 @@ import pytest
 import torch
 from children import end, run_train, start_ranks
 from conftest import TASKS
-from hypothesis import given
-from hypothesis import strategies as st
 from outcomes import cut
-from strategies import seeds
 from test_processes import (
     FLAGS,
     assert_close,
@@ -85,15 +82,6 @@ def assert_same_run(name: str, other: str, tolerance: float = 1e-5) -> None:
 
 # ------------------------------------------------------------------------------------------
 # A product in parts
-
-
-@given(seeds, st.integers(1, 4), st.integers(1, 3))
-def test_a_product_in_parts_is_the_product(seed, n, per_process):
-    random = np.random.default_rng(seed)
-    x, first = random.normal(size=(5, 3)), random.normal(size=(3, n * per_process))
-    second = random.normal(size=(n * per_process, 3))
-    parts = split_product(x, first, second, np.tanh, n)
-    np.testing.assert_allclose(parts, np.tanh(x @ first) @ second, atol=1e-12)
 
 
 def compare_with_split_product(state: TrainState, world: World) -> None:
