@@ -2,7 +2,7 @@
 PYTHON = .venv/bin/python
 ALL_CORES = -n auto --dist worksteal
 
-.PHONY: train test test-book test-long lint clean
+.PHONY: train test test-book test-long exercise lint clean
 
 # Train the default model on Python's own documentation (continuing where it stopped), then sample.
 train: .venv/ready
@@ -20,6 +20,10 @@ test-book: .venv/ready
 # The same with the large counts, too.
 test-long: .venv/ready
 	$(PYTHON) -m pytest $(ALL_CORES) -m "long or not long"
+
+# Learn by writing: list the exercises, or begin or grade those of CHAPTER=attention.
+exercise: .venv/ready
+	@$(PYTHON) -m nanolm.lab.exercises $(CHAPTER) $(HINT:%=--hint=%) $(SOLUTION:%=--solution=%)
 
 # Check style and format.
 lint: .venv/ready

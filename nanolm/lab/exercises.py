@@ -1,0 +1,219 @@
+"""Learn by writing: python -m nanolm.lab.exercises [CHAPTER] [--hint=N] [--solution=true]
+
+Without a chapter: which there are, and how far one is. With one: the first time, writes the
+chapter into exercises/, with functions to write; from then on, grades what stands there.
+"""
+
+import ast
+import difflib
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanolm.lab.blanks import Mistake, blanked, functions, is_blank, place
+from nanolm.system.config import load_config
+from nanolm.system.files import write_text
+from nanolm.system.script import run_script
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
+CHAPTERS = Path(__file__).with_name("chapters")
+FOLDER = Path("exercises")
+PROGRESS = ".progress.json"  # in it: which functions have passed
+SECONDS = 15  # of work, for all laws of a function; whatever takes longer does not end
+PATIENCE = 5  # times as long, on a machine that is busy
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A function to write, and how it is graded. The files in chapters/ hold them."""
+
+    chapter: str
+    name: str  # of the function, or Class.method
+    minutes: int  # that a learner takes
+    laws: tuple[str, ...]  # tests of the chapter, as pytest names them
+    idea: str  # words of the chapter's note where it is explained
+    hints: tuple[str, ...]  # each tells more
+    questions: tuple[str, ...]  # expressions of m, the chapter, by which mistakes are told apart
+    mistakes: tuple[Mistake, ...]
+
+    @property
+    def line(self) -> int:
+        """Where the idea stands in the chapter. Raises ValueError where it does not."""
+        for number, line in enumerate(chapter_file(self.chapter).read_text().splitlines(), 1):
+            if self.idea in line:
+                return number
+        raise ValueError(f"{self.name}: {self.idea!r} does not stand in {self.chapter}.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExercisesConfig:
+    """The words of the command."""
+
+    chapter: str | None = None  # which one to write; None: list them
+    hint: int = 0  # show so many hints for the first function that is not right yet
+    solution: bool = False  # show our functions beside yours
+
+    def __post_init__(self):
+        known = chapters()
+        if self.chapter is not None and self.chapter not in known:
+            raise ValueError(f"chapter={self.chapter!r}: choose one of {', '.join(known)}")
+
+
+def chapter_file(chapter: str) -> Path:
+    """Where our chapter is."""
+    return PACKAGE / f"{chapter}.py"
+
+
+def chapters() -> list[str]:
+    """The chapters that have exercises, in the order of the book."""
+    numbered = sorted(CHAPTERS.glob("*.toml"))
+    return [path.stem.partition("-")[2] for path in numbered]
+
+
+def exercises_of(chapter: str) -> list[Exercise]:
+    """The exercises of a chapter, in its order."""
+    (path,) = CHAPTERS.glob(f"*-{chapter}.toml")
+    found = []
+    for each in tomllib.loads(path.read_text())["exercise"]:
+        mistakes = tuple(Mistake(**one) for one in each.pop("mistake"))
+        lists = {key: tuple(each.pop(key)) for key in ("laws", "hints", "questions")}
+        found.append(Exercise(chapter=chapter, mistakes=mistakes, **lists, **each))
+    return found
+
+
+# ------------------------------------------------------------------------------------------
+# The commands
+
+
+def list_chapters() -> None:
+    """Print the chapters, and how far one is in each."""
+    for chapter in chapters():
+        every, path = exercises_of(chapter), FOLDER / f"{chapter}.py"
+        passed = sum(each.name in progress() for each in every)
+        state = f"{passed} of {len(every)} done" if path.exists() else f"{len(every)} to write"
+        print(f"{chapter:12} {state:14} about {sum(each.minutes for each in every)} minutes")
+    print("begin with: make exercise CHAPTER=NAME")
+
+
+def progress() -> list[str]:
+    """The names of the functions that have passed."""
+    path = FOLDER / PROGRESS
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def begin(chapter: str) -> None:
+    """Write the chapter with its functions blank."""
+    every, path = exercises_of(chapter), FOLDER / f"{chapter}.py"
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, blanked(chapter_file(chapter).read_text(), [each.name for each in every]))
+    print(f"{path} is there: open it, write a function, and give the same command again")
+    for each in every:
+        print(f"    {each.name:28} {each.minutes:3} minutes; the idea: line {each.line}")
+
+
+def check(chapter: str, config: ExercisesConfig) -> None:
+    """Grade what is written, and print what is right and what is not."""
+    path, every = FOLDER / f"{chapter}.py", exercises_of(chapter)
+    try:
+        found = functions(ast.parse(path.read_text()))
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+    written = [each for each in every if each.name in found and not is_blank(found[each.name])]
+    done, wrong = set(progress()), None
+    for each, verdict in zip(written, grades(path, written), strict=True):
+        right = verdict["broken"] is None and verdict["held"] > 0
+        (done.add if right else done.discard)(each.name)
+        if right:
+            print(f"right  {each.name}: {verdict['held']} laws hold")
+        elif wrong is None:
+            wrong = each
+            print("\n".join(explanation(each, verdict)))
+        else:
+            print(f"wrong  {each.name}")
+    for each in every:
+        if each not in written:
+            print(f"blank  {each.name}")
+    write_text(FOLDER / PROGRESS, json.dumps(sorted(done)))
+    following = wrong or next((each for each in every if each not in written), None)
+    if following:
+        show_help(following, path, config)
+    else:
+        print(f"all {len(every)} functions of {chapter} are right")
+
+
+def grades(path: Path, written: list[Exercise]) -> Iterator[dict[str, Any]]:
+    """The verdict on each function that is written, each from a process of its own."""
+    for each in written:
+        words = [sys.executable, "-m", "nanolm.lab.grading", each.chapter, path.resolve()]
+        words += [each.name, str(SECONDS)]
+        try:
+            options = {"cwd": ROOT, "capture_output": True, "text": True}
+            ended = subprocess.run(words, timeout=SECONDS * PATIENCE, **options)
+        except subprocess.TimeoutExpired:
+            ended = None
+        if ended is None or ended.returncode < 0:  # or its own limit of work has ended it
+            why = f"it does not end within {SECONDS} seconds: is there a loop that never stops?"
+            yield {"held": 0, "broken": "it ends", "why": why, "case": [], "mistake": None}
+        elif ended.returncode:
+            why = ended.stderr.strip().splitlines()[-1]
+            yield {"held": 0, "broken": "it runs", "why": why, "case": [], "mistake": None}
+        else:
+            yield json.loads(ended.stdout.splitlines()[-1])
+
+
+def explanation(each: Exercise, verdict: dict[str, Any]) -> Iterator[str]:
+    """What went wrong, in lines."""
+    law = (verdict["broken"] or "nothing could be tried").removeprefix("test_").replace("_", " ")
+    yield f"wrong  {each.name}: this does not hold: {law}"
+    if verdict["mistake"]:
+        yield f"       it looks like this: {verdict['mistake']}"
+    if verdict["why"]:
+        yield f"       {verdict['why'][:200]}"
+    if verdict["case"]:
+        yield "       the smallest case that was found:"
+        yield from (f"           {line}" for line in verdict["case"])
+    yield f"       the idea: {chapter_file(each.chapter).name}, line {each.line}: {each.idea!r}"
+
+
+def show_help(each: Exercise, path: Path, config: ExercisesConfig) -> None:
+    """Print hints, or our function beside the learner's."""
+    for number, hint in enumerate(each.hints[: config.hint], start=1):
+        print(f"hint {number} for {each.name}: {hint}")
+    if config.solution:
+        theirs, ours = path.read_text(), chapter_file(each.chapter).read_text()
+        bodies = [body_of(source, each.name) for source in (theirs, ours)]
+        print("\n".join(difflib.unified_diff(*bodies, "yours", "ours", n=99, lineterm="")))
+    elif config.hint < len(each.hints):
+        print(
+            f"next   {each.name}; a hint: make exercise CHAPTER={each.chapter} "
+            f"HINT={config.hint + 1}"
+        )
+
+
+def body_of(source: str, name: str) -> list[str]:
+    """The lines of a function's body."""
+    first, last = place(functions(ast.parse(source))[name])
+    return source.splitlines()[first:last]
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the command says."""
+    config = load_config(ExercisesConfig, arguments, positional=("chapter",))
+    if not (ROOT / "tests").is_dir():
+        raise ValueError("exercises are graded by the tests: clone the repository to do them")
+    if config.chapter is None:
+        list_chapters()
+    elif not (FOLDER / f"{config.chapter}.py").exists():
+        begin(config.chapter)
+    else:
+        check(config.chapter, config)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__, ExercisesConfig)

@@ -1,0 +1,156 @@
+"""Grade a chapter that a learner has written: run by exercise.py, in a process of its own.
+
+    python -m nanolm.lab.grading CHAPTER FILE NAME SECONDS
+
+The learner's file takes the place of the chapter, for the chapter's own laws and for everything
+that they use. What is blank in it is ours, so that each function can be written by itself. Prints
+the verdict as JSON.
+
+What went wrong is told in two ways. The law that fails gives the smallest case that it has found.
+And the function is asked the same questions as one with a typical mistake: where both give the
+same wrong answers, that mistake is named.
+"""
+
+import ast
+import json
+import sys
+import types
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanolm.lab.blanks import filled
+from nanolm.lab.exercises import ROOT, Exercise, chapter_file, exercises_of
+
+LAWS = [
+    "-q",
+    "-x",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:randomly",
+    "--durations=0",
+    "-m",
+    "not long",
+]
+SHOWN = 12  # lines of a case, at most
+
+
+def put_in_place(chapter: str, path: Path, names: Sequence[str]) -> types.ModuleType:
+    """The learner's chapter, imported in the place of ours."""
+    ours = ast.parse(chapter_file(chapter).read_text())
+    tree = filled(ast.parse(path.read_text(), str(path)), ours, names)
+    return executed(compile(tree, str(path), "exec"), f"nanolm.{chapter}", path)
+
+
+def executed(code: Any, name: str, path: Path) -> types.ModuleType:
+    """A module of that code, known by its name while its classes are made, and afterwards."""
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module
+    exec(code, module.__dict__)
+    return module
+
+
+def answers(module: types.ModuleType, exercise: Exercise) -> list[Any]:
+    """What the functions of a chapter say to the exercise's questions; errors are answers, too."""
+    found, names = [], {"m": module, "torch": torch, "np": np}
+    for question in exercise.questions:
+        torch.manual_seed(0)
+        try:
+            found.append(eval(question, names))
+        except Exception as error:
+            found.append(type(error).__name__)
+    return found
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two answers are the same, numbers to rounding."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        one, other = one.detach().numpy(), other.detach().numpy()
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, (np.ndarray, np.generic, float)) and not isinstance(
+        other, (str, type(None))
+    ):
+        same = np.shape(one) == np.shape(other)
+        return same and bool(np.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True))
+    return type(one) is type(other) and one == other
+
+
+def mistake_in(module: types.ModuleType, exercise: Exercise) -> str | None:
+    """What is wrong, in words, if it is one of the typical mistakes."""
+    path = chapter_file(exercise.chapter)
+    found = answers(module, exercise)
+    for mistake in exercise.mistakes:
+        source = mistake.made_in(path.read_text(), exercise.name)
+        wrong = executed(compile(source, str(path), "exec"), "nanolm.lab.mistake", path)
+        if alike(found, answers(wrong, exercise)):
+            return mistake.says
+    return None
+
+
+class Verdict:
+    """A plugin of pytest that notes which laws hold, and of the first that does not, the case."""
+
+    def __init__(self):
+        self.held, self.broken, self.case, self.why = 0, None, [], ""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self) -> None:
+        """Fewer examples, always the same, and no search for explanations: it is to be quick."""
+        from hypothesis import Phase, settings
+
+        phases = [Phase.explicit, Phase.generate, Phase.shrink]
+        options = {"max_examples": 40, "derandomize": True, "database": None, "phases": phases}
+        settings.register_profile("exercise", settings(), **options)
+        settings.load_profile("exercise")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note how a law has ended."""
+        if report.when == "call" and report.passed:
+            self.held += 1
+        elif report.failed and self.broken is None:
+            self.broken = report.nodeid.split("::")[-1]
+            lines = report.longreprtext.splitlines()
+            errors = [line[1:].strip() for line in lines if line.startswith("E ")]
+            self.why = next((line for line in errors if line), "")
+            starts = [i for i, line in enumerate(errors) if line.startswith("Falsifying example")]
+            if starts:
+                self.case = errors[starts[-1] + 1 : starts[-1] + 1 + SHOWN]
+
+
+def grade(exercise: Exercise, module: types.ModuleType) -> dict[str, Any]:
+    """Which laws of a function hold; of the first that does not, the case, and the mistake."""
+    verdict = Verdict()
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        pytest.main([*LAWS, *(str(ROOT / "tests" / law) for law in exercise.laws)], [verdict])
+    found = {"held": verdict.held, "broken": verdict.broken}
+    if verdict.broken or not verdict.held:
+        found |= {
+            "why": verdict.why,
+            "case": verdict.case,
+            "mistake": mistake_in(module, exercise),
+        }
+    return found
+
+
+def main(chapter: str, path: str, name: str, seconds: str) -> None:
+    """Print a verdict on the function, after so many seconds of work at most."""
+    with suppress(ImportError):  # of Unix: a loop that never stops ends the process
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
+    every = {each.name: each for each in exercises_of(chapter)}
+    module = put_in_place(chapter, Path(path), list(every))
+    print(json.dumps(grade(every[name], module)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,196 @@
+"""Laws of the exercises: ours are right, blank ones wrong, and typical mistakes are named."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from nanolm.lab import exercises
+from nanolm.lab.blanks import functions, is_blank, place
+from nanolm.lab.exercises import ROOT, chapter_file, chapters, exercises_of, main
+from nanolm.lab.grading import alike, answers, executed
+
+EXERCISES = {each.name: each for chapter in chapters() for each in exercises_of(chapter)}
+MISTAKES = [(name, i) for name, each in EXERCISES.items() for i in range(len(each.mistakes))]
+
+
+def module_of(source: str):
+    return executed(compile(source, "mistake", "exec"), "nanolm.lab.mistake", Path("mistake"))
+
+
+def graded(chapter: str, source: str, name: str, folder: Path) -> dict:
+    """The verdict on a function of a learner's file."""
+    path = folder / f"{chapter}.py"
+    path.write_text(source)
+    words = [sys.executable, "-m", "nanolm.lab.grading", chapter, str(path), name, "60"]
+    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------
+# What the exercises say
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_an_exercise_is_complete(name):
+    each = EXERCISES[name]
+    assert each.name in functions(ast.parse(chapter_file(each.chapter).read_text()))
+    assert len(each.hints) == 3
+    assert len(each.mistakes) >= 5
+    assert each.minutes > 0
+    assert each.line > 0
+    for law in each.laws:
+        file, _, test = law.partition("::")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text()
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_mistake_is_told_from_ours_and_from_the_others(name):
+    """By the answers to the exercise's questions, which are the same whenever they are asked."""
+    each = EXERCISES[name]
+    ours = chapter_file(each.chapter).read_text()
+    versions = {"ours": ours} | {m.says: m.made_in(ours, each.name) for m in each.mistakes}
+    assert len(versions) == len(each.mistakes) + 1
+    found = {says: answers(module_of(source), each) for says, source in versions.items()}
+    assert alike(found["ours"], answers(module_of(ours), each))
+    for one, other in combinations(found, 2):
+        assert not alike(found[one], found[other]), (one, other)
+
+
+# ------------------------------------------------------------------------------------------
+# Grades
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EXERCISES)
+def test_ours_is_right(name, tmp_path):
+    each = EXERCISES[name]
+    verdict = graded(each.chapter, chapter_file(each.chapter).read_text(), name, tmp_path)
+    assert verdict["broken"] is None
+    assert verdict["held"] >= len(each.laws)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "number"), MISTAKES)
+def test_a_mistake_is_found_and_named(name, number, tmp_path):
+    each = EXERCISES[name]
+    mistake = each.mistakes[number]
+    source = mistake.made_in(chapter_file(each.chapter).read_text(), name)
+    verdict = graded(each.chapter, source, name, tmp_path)
+    assert verdict["broken"], mistake.says
+    assert verdict["mistake"] == mistake.says
+
+
+# ------------------------------------------------------------------------------------------
+# The command
+
+
+def write(chapter: str, name: str, body: str) -> None:
+    """Put a body in the place of a blank one, as a learner does."""
+    path = Path("exercises", f"{chapter}.py")
+    source = path.read_text()
+    first, last = place(functions(ast.parse(source))[name])
+    lines = source.splitlines()
+    indent = " " * (len(lines[first]) - len(lines[first].lstrip()))
+    lines[first:last] = [indent + line for line in body.splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def printed(capsys, *words: str) -> str:
+    main([*words])
+    return capsys.readouterr().out
+
+
+def test_a_chapter_is_written_blank_and_everything_else_stays(workplace, capsys):
+    out = printed(capsys, "attention")
+    source = Path("exercises/attention.py").read_text()
+    theirs, ours = (functions(ast.parse(text)) for text in (source, chapter_source("attention")))
+    blank = {name for name in theirs if is_blank(theirs[name])}
+    assert blank == {each.name for each in exercises_of("attention")}
+    for name in theirs.keys() - blank:
+        assert ast.unparse(theirs[name]) == ast.unparse(ours[name])
+    for name in blank:
+        assert ast.get_docstring(theirs[name]) == ast.get_docstring(ours[name])
+        assert name in out
+    assert "# scores: (B, nh, T, S)" in source
+
+
+def test_a_learner_goes_through_an_exercise(workplace, capsys):
+    """Blank, wrong, a hint, the solution, right; and what is listed."""
+    printed(capsys, "attention")
+    out = printed(capsys, "attention")
+    assert "blank  causal_mask" in out
+    assert "next   causal_mask; a hint: make exercise CHAPTER=attention HINT=1" in out
+    write("attention", "causal_mask", "return torch.ones(T, S).tril().bool()")
+    out = printed(capsys, "attention", "--hint=1")
+    assert "wrong  causal_mask: this does not hold: the last query stands at the last key" in out
+    assert "it looks like this: the mask is aligned at the top left" in out
+    assert "the idea: attention.py, line" in out
+    assert "hint 1 for causal_mask" in out
+    assert "0 of" in printed(capsys)
+    out = printed(capsys, "attention", "--solution=true")
+    assert "-    return torch.ones(T, S).tril().bool()" in out
+    assert (
+        "+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)" in out
+    )
+    write("attention", "causal_mask", "return torch.ones(T, S).bool().tril(S - T)")
+    out = printed(capsys, "attention")
+    assert "right  causal_mask" in out
+    assert "attention    1 of" in printed(capsys)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("while True: pass", "it does not end within"),
+        pytest.param(
+            "return torch.ones(T, S, 2).bool()", "wrong  causal_mask", marks=pytest.mark.long
+        ),
+        ("return masque", "name 'masque' is not defined"),
+    ],
+)
+def test_what_does_not_run_is_said_in_a_line(body, message, workplace, capsys, monkeypatch):
+    monkeypatch.setattr(exercises, "SECONDS", 8)
+    printed(capsys, "attention")
+    write("attention", "causal_mask", body)
+    assert message in printed(capsys, "attention")
+
+
+def test_a_file_that_is_no_python_is_said_with_its_line(workplace, capsys):
+    printed(capsys, "attention")
+    path = Path("exercises/attention.py")
+    path.write_text(path.read_text().replace("def causal_mask(", "def causal_mask(:"))
+    with pytest.raises(ValueError, match=r"exercises/attention.py, line \d+: invalid syntax"):
+        main(["attention"])
+    with pytest.raises(ValueError, match=r"chapter='none': choose one of .*attention"):
+        main(["none"])
+
+
+def test_a_function_that_is_gone_is_missed(workplace, capsys):
+    printed(capsys, "attention")
+    path = Path("exercises/attention.py")
+    path.write_text(path.read_text().replace("def rotate(", "def turn("))
+    write("attention", "causal_mask", "return torch.ones(T, S).bool().tril(S - T)")
+    assert "rotate is no longer there" in printed(capsys, "attention")
+
+
+def chapter_source(chapter: str) -> str:
+    return chapter_file(chapter).read_text()
+
+
+def test_the_course_has_every_exercise_once():
+    page = (ROOT / "docs/course.md").read_text()
+    rows = [line.split("|")[3] for line in page.splitlines() if line.startswith("| ")]
+    named = [name for cell in rows for part in cell.split(";") for name in listed(part)]
+    assert sorted(named) == sorted((each.chapter, each.name) for each in EXERCISES.values())
+
+
+def listed(part: str) -> list[tuple[str, str]]:
+    """The exercises that a cell's part names: `chapter`: `one`, `another`."""
+    chapter, *names = re.findall(r"`([\w.]+)`", part) or [""]
+    return [(chapter, name) for name in names]
