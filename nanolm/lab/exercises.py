@@ -7,11 +7,14 @@ chapter into exercises/, with functions to write; from then on, grades what stan
 import ast
 import difflib
 import json
+import os
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +129,9 @@ def check(chapter: str, config: ExercisesConfig) -> None:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
     written = [each for each in every if each.name in found and not is_blank(found[each.name])]
     done, wrong = set(progress()), None
-    for each, verdict in zip(written, grades(path, written), strict=True):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = list(pool.map(partial(grade, path), written))
+    for each, verdict in zip(written, verdicts, strict=True):
         right = verdict["broken"] is None and verdict["held"] > 0
         (done.add if right else done.discard)(each.name)
         if right:
@@ -147,24 +152,21 @@ def check(chapter: str, config: ExercisesConfig) -> None:
         print(f"all {len(every)} functions of {chapter} are right")
 
 
-def grades(path: Path, written: list[Exercise]) -> Iterator[dict[str, Any]]:
-    """The verdict on each function that is written, each from a process of its own."""
-    for each in written:
-        words = [sys.executable, "-m", "nanolm.lab.grading", each.chapter, path.resolve()]
-        words += [each.name, str(SECONDS)]
-        try:
-            options = {"cwd": ROOT, "capture_output": True, "text": True}
-            ended = subprocess.run(words, timeout=SECONDS * PATIENCE, **options)
-        except subprocess.TimeoutExpired:
-            ended = None
-        if ended is None or ended.returncode < 0:  # or its own limit of work has ended it
-            why = f"it does not end within {SECONDS} seconds: is there a loop that never stops?"
-            yield {"held": 0, "broken": "it ends", "why": why, "case": [], "mistake": None}
-        elif ended.returncode:
-            why = ended.stderr.strip().splitlines()[-1]
-            yield {"held": 0, "broken": "it runs", "why": why, "case": [], "mistake": None}
-        else:
-            yield json.loads(ended.stdout.splitlines()[-1])
+def grade(path: Path, each: Exercise) -> dict[str, Any]:
+    """The verdict on a function that is written, from a process of its own."""
+    words = [sys.executable, "-m", "nanolm.lab.grading", each.chapter, path.resolve(), each.name]
+    failed = {"held": 0, "case": [], "mistake": None}
+    try:
+        options = {"cwd": ROOT, "capture_output": True, "text": True}
+        ended = subprocess.run([*words, str(SECONDS)], timeout=SECONDS * PATIENCE, **options)
+    except subprocess.TimeoutExpired:
+        ended = None
+    if ended is None or ended.returncode < 0:  # or its own limit of work has ended it
+        why = f"it does not end within {SECONDS} seconds: is there a loop that never stops?"
+        return failed | {"broken": "it ends", "why": why}
+    if ended.returncode:
+        return failed | {"broken": "it runs", "why": ended.stderr.strip().splitlines()[-1]}
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def explanation(each: Exercise, verdict: dict[str, Any]) -> Iterator[str]:
