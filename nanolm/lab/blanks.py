@@ -53,16 +53,15 @@ def shapes(body: Collection[str]) -> Iterator[str]:
 
 
 def filled(theirs: ast.Module, ours: ast.Module, names: Collection[str]) -> ast.Module:
-    """The learner's chapter, with our bodies where theirs are blank.
+    """The learner's chapter, with our bodies in these functions.
 
-    Raises ValueError for a function that is no longer there.
+    Raises ValueError for one that is no longer there.
     """
     mine, found = functions(ours), functions(theirs)
     for name in names:
         if name not in found:
             raise ValueError(f"{name} is no longer there: it has to keep its name")
-        if is_blank(found[name]):
-            found[name].body = mine[name].body
+        found[name].body = mine[name].body
     return theirs
 
 

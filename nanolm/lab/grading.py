@@ -3,7 +3,7 @@
     python -m nanolm.lab.grading CHAPTER FILE NAME SECONDS
 
 The learner's file takes the place of the chapter, for the chapter's own laws and for everything
-that they use. What is blank in it is ours, so that each function can be written by itself. Prints
+that they use. Its other exercises are ours, so that one function is not blamed for another. Prints
 the verdict as JSON.
 
 What went wrong is told in two ways. The law that fails gives the smallest case that it has found.
@@ -42,10 +42,10 @@ LAWS = [
 SHOWN = 12  # lines of a case, at most
 
 
-def put_in_place(chapter: str, path: Path, names: Sequence[str]) -> types.ModuleType:
-    """The learner's chapter, imported in the place of ours."""
+def put_in_place(chapter: str, path: Path, others: Sequence[str]) -> types.ModuleType:
+    """The learner's chapter, imported in the place of ours; but other functions are ours."""
     ours = ast.parse(chapter_file(chapter).read_text())
-    tree = filled(ast.parse(path.read_text(), str(path)), ours, names)
+    tree = filled(ast.parse(path.read_text(), str(path)), ours, others)
     return executed(compile(tree, str(path), "exec"), f"nanolm.{chapter}", path)
 
 
@@ -148,7 +148,7 @@ def main(chapter: str, path: str, name: str, seconds: str) -> None:
 
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
     every = {each.name: each for each in exercises_of(chapter)}
-    module = put_in_place(chapter, Path(path), list(every))
+    module = put_in_place(chapter, Path(path), [other for other in every if other != name])
     print(json.dumps(grade(every[name], module)))
 
 

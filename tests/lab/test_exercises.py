@@ -36,6 +36,10 @@ def graded(chapter: str, source: str, name: str, folder: Path) -> dict:
 # What the exercises say
 
 
+def test_each_name_is_that_of_one_exercise():
+    assert len(EXERCISES) == sum(len(exercises_of(chapter)) for chapter in chapters())
+
+
 @pytest.mark.parametrize("name", EXERCISES)
 def test_an_exercise_is_complete(name):
     each = EXERCISES[name]
