@@ -19,6 +19,7 @@ from nanolm.lab import look as module
 from nanolm.lab.look import LINKS, MAPS, in_base64, look, main, merges_of, packed, page
 from nanolm.loss import cross_entropy
 from nanolm.runs.load import load_model
+from nanolm.runs.prepare import prepare
 from nanolm.text.bpe_tokenizer import BPETokenizer
 
 TEXTS = {"classification": "3 and 3 wolfs", "tagging": "the fox Mary", "completion": "1+2"}
@@ -71,6 +72,22 @@ def test_the_surprise_of_a_text_is_its_loss(tiny_run):
     found = np.mean(text["surprise"][1:])
     assert found == pytest.approx(cross_entropy(logits, ids[:, 1:]).item(), abs=1e-4)
     assert trained.tokenizer.decode(text["ids"]) == "1 little"
+
+
+def test_a_folder_of_hugging_face_s_is_looked_at_alike(tiny_run, run_main):
+    """With the merges that its tokenizer.json tells."""
+    prepare("words", inputs=("text.txt",), tokenizer="bpe:280")
+    assert run_main("train", *TINY, "--dataset=words", "--out_dir=out/it")[0] == 0
+    assert run_main("nanolm/runs/load", "export", "out/it", "there")[0] == 0
+    ours, theirs = (look(load_model(name), "1 little wolf") for name in ("out/it", "there"))
+    assert ours["texts"]["text"]["ids"] == theirs["texts"]["text"]["ids"]
+    surprises = (np.array(each["texts"]["text"]["surprise"][1:-1]) for each in (ours, theirs))
+    np.testing.assert_allclose(*surprises, atol=2e-4)
+    assert ours["attention"] == theirs["attention"]
+    ids = ours["texts"]["text"]["ids"]
+    steps = [[[*map(len, each["vocabulary"][i][2])] for i in ids] for each in (ours, theirs)]
+    assert steps[0] == steps[1]
+    assert max(map(len, steps[0])) > 1
 
 
 def test_an_answer_that_is_given_is_looked_at(tiny_run, run_main):
