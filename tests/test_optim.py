@@ -209,13 +209,8 @@ plans = st.fixed_dictionaries(
         "cooldown_iters": st.integers(1, 100),
     }
 )
-PLAN = {
-    "schedule": "cosine",
-    "peak": 1.0,
-    "warmup_iters": 4,
-    "decay_iters": 9,
-    "cooldown_iters": 2,
-}
+ITERS = {"warmup_iters": 4, "decay_iters": 9, "cooldown_iters": 2}
+PLAN = {"schedule": "cosine", "peak": 1.0, **ITERS}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

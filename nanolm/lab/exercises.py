@@ -45,13 +45,12 @@ class Exercise:
     questions: tuple[str, ...]  # expressions of m, the chapter, by which mistakes are told apart
     mistakes: tuple[Mistake, ...]
 
-    @property
-    def line(self) -> int:
-        """Where the idea stands in the chapter. Raises ValueError where it does not."""
-        for number, line in enumerate(chapter_file(self.chapter).read_text().splitlines(), 1):
+    def line(self, path: Path) -> int:
+        """Where the idea stands in a file. Raises ValueError where it does not."""
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
             if self.idea in line:
                 return number
-        raise ValueError(f"{self.name}: {self.idea!r} does not stand in {self.chapter}.py")
+        raise ValueError(f"{self.name}: {self.idea!r} does not stand in {path}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,7 @@ def begin(chapter: str) -> None:
     write_text(path, blanked(chapter_file(chapter).read_text(), [each.name for each in every]))
     print(f"{path} is there: open it, write a function, and give the same command again")
     for each in every:
-        print(f"    {each.name:28} {each.minutes:3} minutes; the idea: line {each.line}")
+        print(f"    {each.name:28} {each.minutes:3} minutes; the idea: line {each.line(path)}")
 
 
 def check(chapter: str, config: ExercisesConfig) -> None:
@@ -138,7 +137,7 @@ def check(chapter: str, config: ExercisesConfig) -> None:
             print(f"right  {each.name}: {verdict['held']} laws hold")
         elif wrong is None:
             wrong = each
-            print("\n".join(explanation(each, verdict)))
+            print("\n".join(explanation(each, path, verdict)))
         else:
             print(f"wrong  {each.name}")
     for each in every:
@@ -169,7 +168,7 @@ def grade(path: Path, each: Exercise) -> dict[str, Any]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def explanation(each: Exercise, verdict: dict[str, Any]) -> Iterator[str]:
+def explanation(each: Exercise, path: Path, verdict: dict[str, Any]) -> Iterator[str]:
     """What went wrong, in lines."""
     law = (verdict["broken"] or "nothing could be tried").removeprefix("test_").replace("_", " ")
     yield f"wrong  {each.name}: this does not hold: {law}"
@@ -180,7 +179,7 @@ def explanation(each: Exercise, verdict: dict[str, Any]) -> Iterator[str]:
     if verdict["case"]:
         yield "       the smallest case that was found:"
         yield from (f"           {line}" for line in verdict["case"])
-    yield f"       the idea: {chapter_file(each.chapter).name}, line {each.line}: {each.idea!r}"
+    yield f"       the idea: {path}, line {each.line(path)}: {each.idea!r}"
 
 
 def show_help(each: Exercise, path: Path, config: ExercisesConfig) -> None:

@@ -13,14 +13,10 @@ import pytest
 from nanolm.lab import exercises
 from nanolm.lab.blanks import functions, is_blank, place
 from nanolm.lab.exercises import ROOT, chapter_file, chapters, exercises_of, main
-from nanolm.lab.grading import alike, answers, executed
+from nanolm.lab.grading import alike, answers, mistake_in, module_of
 
 EXERCISES = {each.name: each for chapter in chapters() for each in exercises_of(chapter)}
 MISTAKES = [(name, i) for name, each in EXERCISES.items() for i in range(len(each.mistakes))]
-
-
-def module_of(source: str):
-    return executed(compile(source, "mistake", "exec"), "nanolm.lab.mistake", Path("mistake"))
 
 
 def graded(chapter: str, source: str, name: str, folder: Path) -> dict:
@@ -47,7 +43,7 @@ def test_an_exercise_is_complete(name):
     assert len(each.hints) == 3
     assert len(each.mistakes) >= 5
     assert each.minutes > 0
-    assert each.line > 0
+    assert each.line(chapter_file(each.chapter)) > 0
     for law in each.laws:
         file, _, test = law.partition("::")
         assert f"def {test}(" in (ROOT / "tests" / file).read_text()
@@ -60,10 +56,24 @@ def test_every_mistake_is_told_from_ours_and_from_the_others(name):
     ours = chapter_file(each.chapter).read_text()
     versions = {"ours": ours} | {m.says: m.made_in(ours, each.name) for m in each.mistakes}
     assert len(versions) == len(each.mistakes) + 1
-    found = {says: answers(module_of(source), each) for says, source in versions.items()}
-    assert alike(found["ours"], answers(module_of(ours), each))
+    path = chapter_file(each.chapter)
+    modules = {says: module_of(source, path) for says, source in versions.items()}
+    found = {says: answers(module, each) for says, module in modules.items()}
+    assert alike(found["ours"], answers(module_of(ours, path), each))
     for one, other in combinations(found, 2):
         assert not alike(found[one], found[other]), (one, other)
+
+
+def test_one_of_two_mistakes_is_named():
+    each = EXERCISES["attention_weights"]
+    path, source = chapter_file(each.chapter), chapter_file(each.chapter).read_text()
+    made = [
+        m for m in each.mistakes if "causal is forgotten" in m.says or "True is where" in m.says
+    ]
+    assert len(made) == 2
+    both = made[1].made_in(made[0].made_in(source, each.name), each.name)
+    assert mistake_in(module_of(both, path), each) in {mistake.says for mistake in made}
+    assert mistake_in(module_of(source, path), each) is None
 
 
 # ------------------------------------------------------------------------------------------
@@ -134,7 +144,7 @@ def test_a_learner_goes_through_an_exercise(workplace, capsys):
     out = printed(capsys, "attention", "--hint=1")
     assert "wrong  causal_mask: this does not hold: the last query stands at the last key" in out
     assert "it looks like this: the mask is aligned at the top left" in out
-    assert "the idea: attention.py, line" in out
+    assert "the idea: exercises/attention.py, line" in out
     assert "hint 1 for causal_mask" in out
     assert "0 of" in printed(capsys)
     out = printed(capsys, "attention", "--solution=true")
@@ -146,6 +156,14 @@ def test_a_learner_goes_through_an_exercise(workplace, capsys):
     out = printed(capsys, "attention")
     assert "right  causal_mask" in out
     assert "attention    1 of" in printed(capsys)
+
+
+def test_the_smallest_case_is_shown(workplace, capsys):
+    printed(capsys, "attention")
+    body = "a, b = x.chunk(2, dim=-1)\ncos, sin = (each.to(x.dtype) for each in angles)\n"
+    write("attention", "rotate", f"{body}return torch.cat((a * cos + b * sin, a * sin), dim=-1)")
+    out = printed(capsys, "attention")
+    assert re.search(r"the smallest case that was found:\n +hs=2,", out)
 
 
 @pytest.mark.parametrize(
