@@ -15,6 +15,7 @@ from torch.distributed.run import get_args_parser
 
 from nanolm.hub.models import export_model
 from nanolm.lab.compare import CompareConfig
+from nanolm.lab.look import LookConfig
 from nanolm.layers import ModelConfig
 from nanolm.model import build_model
 from nanolm.plan.costs import PlanConfig
@@ -57,12 +58,18 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
     if OTHERS.intersection([program, words[0]]):
         return
     if program == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(words) <= set(targets)
+        makefile = (ROOT / "Makefile").read_text()
+        targets = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)
+        assert {word for word in words if "=" not in word} <= set(targets)
+        assert all(
+            re.search(rf"\$\({word.split('=')[0]}\b", makefile) for word in words if "=" in word
+        )
     elif words[:2] == ["-m", "nanolm.runs.load"]:
         load_config(ExportConfig, words[2:], positional=WORDS)
     elif words[:2] == ["-m", "nanolm.plan"]:
         load_config(PlanConfig, words[2:])
+    elif words[:2] == ["-m", "nanolm.lab.look"]:
+        load_config(LookConfig, words[2:])
     elif words[:2] == ["-m", "nanolm.lab.compare"]:
         split_arguments(CompareConfig, words[2:])
     elif words[:1] == ["-m"]:
@@ -81,7 +88,7 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_in_a_sentence_is_a_key_of_a_script(page):
     prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
-    classes = [PlanConfig, *(cls for cls, _ in SCRIPTS.values())]
+    classes = [PlanConfig, LookConfig, *(cls for cls, _ in SCRIPTS.values())]
     keys = {f"--{field.name}" for cls in classes for field in fields(cls)}
     flags = re.findall(r"`(--[\w-]+)", prose)
     assert set(flags) <= {"--help", *keys, *get_args_parser()._option_string_actions}
