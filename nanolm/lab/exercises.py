@@ -45,12 +45,13 @@ class Exercise:
     questions: tuple[str, ...]  # expressions of m, the chapter, by which mistakes are told apart
     mistakes: tuple[Mistake, ...]
 
-    def line(self, path: Path) -> int:
-        """Where the idea stands in a file. Raises ValueError where it does not."""
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if self.idea in line:
-                return number
-        raise ValueError(f"{self.name}: {self.idea!r} does not stand in {path}")
+    def where(self, path: Path) -> str:
+        """Where the idea stands, in the learner's file or else in ours."""
+        for file in (path, chapter_file(self.chapter)):
+            for number, line in enumerate(file.read_text().splitlines(), start=1):
+                if self.idea in line:
+                    return f"{file}, line {number}"
+        raise ValueError(f"{self.name}: {self.idea!r} does not stand in {self.chapter}.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def begin(chapter: str) -> None:
     write_text(path, blanked(chapter_file(chapter).read_text(), [each.name for each in every]))
     print(f"{path} is there: open it, write a function, and give the same command again")
     for each in every:
-        print(f"    {each.name:28} {each.minutes:3} minutes; the idea: line {each.line(path)}")
+        print(f"    {each.name:26} {each.minutes:3} minutes; the idea: {each.where(path)}")
 
 
 def check(chapter: str, config: ExercisesConfig) -> None:
@@ -179,7 +180,7 @@ def explanation(each: Exercise, path: Path, verdict: dict[str, Any]) -> Iterator
     if verdict["case"]:
         yield "       the smallest case that was found:"
         yield from (f"           {line}" for line in verdict["case"])
-    yield f"       the idea: {path}, line {each.line(path)}: {each.idea!r}"
+    yield f"       the idea: {each.where(path)}: {each.idea!r}"
 
 
 def show_help(each: Exercise, path: Path, config: ExercisesConfig) -> None:

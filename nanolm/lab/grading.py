@@ -1,4 +1,4 @@
-"""Grade a chapter that a learner has written: run by exercise.py, in a process of its own.
+"""Grade a chapter that a learner has written: run by exercises.py, in a process of its own.
 
     python -m nanolm.lab.grading CHAPTER FILE NAME SECONDS
 
@@ -29,17 +29,7 @@ import torch
 from nanolm.lab.blanks import filled
 from nanolm.lab.exercises import ROOT, Exercise, chapter_file, exercises_of
 
-LAWS = [
-    "-q",
-    "-x",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:randomly",
-    "--durations=0",
-    "-m",
-    "not long",
-]
+LAWS = ["-q", "-x", "-p", "no:cacheprovider", "--durations=0", "-m", "not long"]
 SHOWN = 12  # lines of a case, at most
 NUMBERS = (np.ndarray, np.generic, float, int)
 CASE = ("Failing test case", "Falsifying example")  # as Hypothesis calls it
@@ -119,6 +109,7 @@ class Verdict:
 
         phases = [Phase.explicit, Phase.generate, Phase.shrink]
         options = {"max_examples": 40, "derandomize": True, "database": None, "phases": phases}
+        options["report_multiple_bugs"] = False
         settings.register_profile("exercise", settings(), **options)
         settings.load_profile("exercise")
 
