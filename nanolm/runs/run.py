@@ -194,7 +194,9 @@ class Run:
         try:
             scores = self.scores()
             score = self.config.score_of(scores)
-            sample = self.sample() if self.wants_sample() and math.isfinite(score) else None
+            sample = None
+            if self.config.sample_tokens and math.isfinite(score):
+                sample = self.sample() if self.world.splits else broadcast(self.world, self.sample)
             self.leave_if_asked()  # a sample that was cut short is none
         except Stopped:
             if state.step > 0:
@@ -269,10 +271,6 @@ class Run:
                 pictures.draw_confusion(self.confusion, labels, self.folder / CONFUSION)
         except Exception as error:  # whatever it is, it is no reason to end a run
             print(f"warning   no picture: {error}")
-
-    def wants_sample(self) -> bool:
-        """Whether this process makes samples: one alone, or all where they share the model."""
-        return self.config.sample_tokens > 0 and (self.world.leads or self.world.splits)
 
     def gives_up(self) -> bool:
         """Whether this process need not finish its sample; those that share a model go on."""
