@@ -235,8 +235,9 @@ def learning_rate(
 ) -> float:
     """The learning rate of update number step, from 0: between floor and peak, or warming up.
 
-    A linear warm-up over warmup_iters updates, never 0; then the schedule from peak down to floor,
-    which is reached at decay_iters and kept.
+    A linear warm-up over warmup_iters updates, on a line that is 0 one step before the first of
+    them and peak one after the last; then what SCHEDULES[schedule] says is left of the way from
+    peak down to floor, which is reached at decay_iters and kept.
     """
     if step < warmup_iters:
         return peak * (step + 1) / (warmup_iters + 1)

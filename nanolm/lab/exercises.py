@@ -22,6 +22,7 @@ from nanolm.lab.blanks import Mistake, blanked, functions, is_blank, place
 from nanolm.system.config import load_config
 from nanolm.system.files import write_text
 from nanolm.system.script import run_script
+from nanolm.text.documents import read_text
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
@@ -66,6 +67,8 @@ class ExercisesConfig:
         known = chapters()
         if self.chapter is not None and self.chapter not in known:
             raise ValueError(f"chapter={self.chapter!r}: choose one of {', '.join(known)}")
+        if not 0 <= self.hint <= 3:
+            raise ValueError(f"hint={self.hint}: there are 3, each of which tells more")
 
 
 def chapter_file(chapter: str) -> Path:
@@ -124,10 +127,15 @@ def check(chapter: str, config: ExercisesConfig) -> None:
     """Grade what is written, and print what is right and what is not."""
     path, every = FOLDER / f"{chapter}.py", exercises_of(chapter)
     try:
-        found = functions(ast.parse(path.read_text()))
+        found = functions(ast.parse(read_text(path)))
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
-    written = [each for each in every if each.name in found and not is_blank(found[each.name])]
+    if gone := [each.name for each in every if each.name not in found]:
+        raise ValueError(
+            f"{path} has lost {', '.join(gone)}: functions and classes keep their names; remove "
+            "the file to begin anew"
+        )
+    written = [each for each in every if not is_blank(found[each.name])]
     done, wrong = set(progress()), None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         verdicts = list(pool.map(partial(grade, path), written))
@@ -155,7 +163,7 @@ def check(chapter: str, config: ExercisesConfig) -> None:
 def grade(path: Path, each: Exercise) -> dict[str, Any]:
     """The verdict on a function that is written, from a process of its own."""
     words = [sys.executable, "-m", "nanolm.lab.grading", each.chapter, path.resolve(), each.name]
-    failed = {"held": 0, "case": [], "mistake": None}
+    failed = {"held": 0, "case": "", "mistake": None}
     try:
         options = {"cwd": ROOT, "capture_output": True, "text": True}
         ended = subprocess.run([*words, str(SECONDS)], timeout=SECONDS * PATIENCE, **options)
@@ -164,9 +172,10 @@ def grade(path: Path, each: Exercise) -> dict[str, Any]:
     if ended is None or ended.returncode < 0:  # or its own limit of work has ended it
         why = f"it does not end within {SECONDS} seconds: is there a loop that never stops?"
         return failed | {"broken": "it ends", "why": why}
-    if ended.returncode:
-        return failed | {"broken": "it runs", "why": ended.stderr.strip().splitlines()[-1]}
-    return json.loads(ended.stdout.splitlines()[-1])
+    said, why = ended.stdout.splitlines(), ended.stderr.strip().splitlines()
+    if ended.returncode or not said or not said[-1].startswith("{"):
+        return failed | {"broken": "it runs", "why": (why or ["it ends the program"])[-1]}
+    return json.loads(said[-1])
 
 
 def explanation(each: Exercise, path: Path, verdict: dict[str, Any]) -> Iterator[str]:
@@ -178,8 +187,7 @@ def explanation(each: Exercise, path: Path, verdict: dict[str, Any]) -> Iterator
     if verdict["why"]:
         yield f"       {verdict['why'][:200]}"
     if verdict["case"]:
-        yield "       the smallest case that was found:"
-        yield from (f"           {line}" for line in verdict["case"])
+        yield f"       the smallest case that was found: {verdict['case']}"
     yield f"       the idea: {each.where(path)}: {each.idea!r}"
 
 

@@ -18,8 +18,9 @@ import types
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from nanolm.lab.blanks import filled
 from nanolm.lab.exercises import ROOT, Exercise, chapter_file, exercises_of
 
 LAWS = ["-q", "-x", "-p", "no:cacheprovider", "--durations=0", "-m", "not long"]
-SHOWN = 12  # lines of a case, at most
+SHOWN = 600  # characters of a case, at most
 NUMBERS = (np.ndarray, np.generic, float, int)
 CASE = ("Failing test case", "Falsifying example")  # as Hypothesis calls it
 
@@ -58,7 +59,7 @@ def answers(module: types.ModuleType, exercise: Exercise) -> list[Any]:
         torch.manual_seed(0)
         try:
             found.append(eval(question, names))
-        except Exception as error:
+        except BaseException as error:  # also one that would end the program
             found.append(type(error).__name__)
     return found
 
@@ -100,7 +101,7 @@ class Verdict:
     """A plugin of pytest that notes which laws hold, and of the first that does not, the case."""
 
     def __init__(self):
-        self.held, self.broken, self.case, self.why = 0, None, [], ""
+        self.held, self.broken, self.case, self.why = 0, None, "", ""
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self) -> None:
@@ -117,6 +118,8 @@ class Verdict:
         """Note how a law has ended."""
         if report.when == "call" and report.passed:
             self.held += 1
+        elif report.when == "call" and report.skipped and self.broken is None:
+            self.broken, self.why = report.nodeid.split("::")[-1], "it skips the law"
         elif report.failed and self.broken is None:
             self.broken = report.nodeid.split("::")[-1]
             lines = report.longreprtext.splitlines()
@@ -125,14 +128,18 @@ class Verdict:
             starts = [i for i, line in enumerate(errors) if line.startswith(CASE)]
             if starts:
                 case = takewhile(lambda line: line != ")", errors[starts[-1] + 1 :])
-                self.case = [*islice(case, SHOWN)]
+                self.case = shorten(" ".join(case), SHOWN, placeholder=" ...")
 
 
 def grade(exercise: Exercise, module: types.ModuleType) -> dict[str, Any]:
     """Which laws of a function hold; of the first that does not, the case, and the mistake."""
     verdict = Verdict()
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        pytest.main([*LAWS, *(str(ROOT / "tests" / law) for law in exercise.laws)], [verdict])
+        code = pytest.main(
+            [*LAWS, *(str(ROOT / "tests" / law) for law in exercise.laws)], [verdict]
+        )
+    if code > 1 and verdict.broken is None:
+        verdict.broken, verdict.why = "it runs to its end", "it interrupts the laws"
     found = {"held": verdict.held, "broken": verdict.broken}
     if verdict.broken or not verdict.held:
         found |= {

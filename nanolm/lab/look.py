@@ -36,6 +36,7 @@ from nanolm.text.documents import text_or_file
 from nanolm.text.pretrained import PretrainedTokenizer, open_pipeline
 from nanolm.text.tokenizer import Tokenizer, mask_of
 
+PAGE = "index.html"
 TEMPLATE = Path(__file__).with_name("look.html")
 GUESSES, FEWER = 10, 3  # tokens that are shown as guesses, at the end and after each layer
 ANSWER = 100  # tokens, at most, of an answer that the model writes
@@ -51,7 +52,7 @@ class LookConfig:
 
     init_from: str = "resume"  # resume (the run in out_dir) | gpt2 | FOLDER | OWNER/NAME
     out_dir: str | None = None  # the run; None: the one in out/ that was trained last
-    text: str  # what the model reads, or FILE:text.txt
+    text: str | None = None  # what the model reads, or FILE:text.txt
     answer: str | None = None  # completion, seq2seq: what it is to answer; None: what it does
     folder: str = "look"  # where the page is written
 
@@ -190,13 +191,13 @@ def spelled(i: int, tokenizer: Tokenizer, *, steps: bool) -> list:
         return [f"<{i}>", "", []]
     spelling = tokenizer.decode_bytes([i])
     text = spelling.decode("utf-8", errors="replace")
+    if i in tokenizer.special_tokens.values():  # its name is no part of a text
+        return [text, "", []]
     return [text, spelling.hex(" "), [*merges_of(i, tokenizer)] if steps else []]
 
 
 def merges_of(i: int, tokenizer: Tokenizer) -> Iterator[list[str]]:
     """A token's bytes, then what each merge makes of them; nothing, if it is not merged."""
-    if i in tokenizer.special_tokens.values():
-        return
     if isinstance(tokenizer, BPETokenizer):
         for word in merge_steps(tokenizer.decode_bytes([i]), tokenizer.ranks):
             yield [piece.decode("utf-8", errors="backslashreplace") for piece in word]
@@ -253,20 +254,25 @@ def page(data: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> None:
     """Write the page and the pictures."""
     config = load_config(LookConfig, arguments)
-    text = text_or_file("text", config.text)
+    if config.text is None:
+        raise ValueError('text: say what the model is to read, as --text="Some words"')
+    text, folder = text_or_file("text", config.text), Path(config.folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PAGE).exists():
+        raise ValueError(f"folder={config.folder!r}: holds other things; choose a new one")
     resume = config.init_from == "resume"
     name = (config.out_dir or newest_run()) if resume else config.init_from
     data = look(load_model(name), text, config.answer)
-    folder = Path(config.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "index.html", page(data))
+        for picture in folder.glob("*.png"):  # of another model
+            picture.unlink()
+        write_text(folder / PAGE, page(data))
         draw(data, folder)
     except OSError as error:
         raise ValueError(
             f"folder={config.folder!r}: cannot be written: {error.strerror}"
         ) from None
-    print(f"{data['title']}: open {folder / 'index.html'} in a browser")
+    print(f"{data['title']}: open {folder / PAGE} in a browser")
 
 
 if __name__ == "__main__":

@@ -163,17 +163,24 @@ def test_the_smallest_case_is_shown(workplace, capsys):
     body = "a, b = x.chunk(2, dim=-1)\ncos, sin = (each.to(x.dtype) for each in angles)\n"
     write("attention", "rotate", f"{body}return torch.cat((a * cos + b * sin, a * sin), dim=-1)")
     out = printed(capsys, "attention")
-    assert re.search(r"the smallest case that was found:\n +hs=2,", out)
+    assert re.search(r"the smallest case that was found: hs=2, theta=10.0,", out)
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("while True: pass", "it does not end within"),
-        pytest.param(
-            "return torch.ones(T, S, 2).bool()", "wrong  causal_mask", marks=pytest.mark.long
-        ),
         ("return masque", "name 'masque' is not defined"),
+        *(
+            pytest.param(body, message, marks=pytest.mark.long)
+            for body, message in (
+                ("return torch.ones(T, S, 2).bool()", "wrong  causal_mask"),
+                ("raise KeyboardInterrupt", "it interrupts the laws"),
+                ("import pytest; pytest.skip('later')", "it skips the law"),
+                ("import sys; sys.exit()", "wrong  causal_mask"),
+                ("import os; os._exit(0)", "it ends the program"),
+            )
+        ),
     ],
 )
 def test_what_does_not_run_is_said_in_a_line(body, message, workplace, capsys, monkeypatch):
@@ -196,9 +203,19 @@ def test_a_file_that_is_no_python_is_said_with_its_line(workplace, capsys):
 def test_a_function_that_is_gone_is_missed(workplace, capsys):
     printed(capsys, "attention")
     path = Path("exercises/attention.py")
-    path.write_text(path.read_text().replace("def rotate(", "def turn(").replace("ahead", ""))
-    write("attention", "causal_mask", "return torch.ones(T, S).bool().tril(S - T)")
-    assert "rotate is no longer there" in printed(capsys, "attention")
+    path.write_text(path.read_text().replace("def rotate(", "def turn("))
+    with pytest.raises(ValueError, match=r"attention\.py has lost rotate: functions and classes"):
+        main(["attention"])
+    with pytest.raises(ValueError, match="hint=4: there are 3"):
+        main(["attention", "--hint=4"])
+
+
+def test_an_idea_is_found_in_ours_where_the_learner_has_removed_it(tmp_path):
+    each, path = EXERCISES["causal_mask"], tmp_path / "attention.py"
+    path.write_text(chapter_source("attention"))
+    assert each.where(path).startswith(f"{path}, line ")
+    path.write_text("")
+    assert each.where(path).startswith(f"{chapter_file('attention')}, line ")
 
 
 def chapter_source(chapter: str) -> str:

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from strategies import seeds, torch_seeded
 
 from nanolm.lab import look as module
-from nanolm.lab.look import LINKS, MAPS, in_base64, look, main, merges_of, packed, page
+from nanolm.lab.look import LINKS, MAPS, in_base64, look, main, merges_of, packed, page, spelled
 from nanolm.loss import cross_entropy
 from nanolm.runs.load import load_model
 from nanolm.runs.prepare import prepare
 from nanolm.text.bpe_tokenizer import BPETokenizer
+from nanolm.text.tokenizer import load_tokenizer
 
 TEXTS = {"classification": "3 and 3 wolfs", "tagging": "the fox Mary", "completion": "1+2"}
 
@@ -121,6 +122,21 @@ def test_a_text_that_is_too_long_is_cut_and_that_is_said(tiny_run, capsys):
     assert "tokens, of which only the first 8 (block_size) fit" in capsys.readouterr().out
 
 
+def test_pictures_of_another_model_do_not_stay(tiny_run):
+    main(["--text=1"])
+    Path("look/shares.png").touch()
+    main(["--text=1"])
+    assert not Path("look/shares.png").exists()
+    assert Path("look/surprise.png").exists()
+
+
+def test_a_special_token_has_no_bytes(tiny_run):
+    prepare("words", inputs=("text.txt",), tokenizer="bpe:280")
+    tokenizer = load_tokenizer("data/words")
+    assert spelled(tokenizer.end_of_text, tokenizer, steps=True) == ["<|endoftext|>", "", []]
+    assert spelled(65, tokenizer, steps=True) == ["A", "41", [["A"]]]
+
+
 # ------------------------------------------------------------------------------------------
 # What is packed into it
 
@@ -187,6 +203,8 @@ def test_bytes_are_written_in_order():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ([], "text: say what the model is to read"),
+        (["--text=a", "--folder=data"], "folder='data': holds other things"),
         (["--text="], "text='': there is no text"),
         (["--text=FILE:none.txt"], "text='FILE:none.txt': there is no such file"),
         (["--text=a", "--out_dir=out/none"], "'out/none' is neither a folder here"),

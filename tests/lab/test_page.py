@@ -71,7 +71,7 @@ def test_a_reader_clicks_through_the_page(opened, tiny_run):
     tokens.nth(3).click()
     assert f"surprise {text['surprise'][3]:.4f} nats" in tab.locator("#token").inner_text()
     assert tab.locator("#token .guess").count() == len(text["guesses"][3])
-    assert tab.locator("#layers tr").count() == len(text["lens"])
+    assert tab.locator("#layers tr").count() == 1 + len(text["lens"])
     tab.keyboard.press("ArrowRight")
     assert f"surprise {text['surprise'][4]:.4f} nats" in tab.locator("#token").inner_text()
     tab.locator(".head").nth(1).click()
