@@ -41,9 +41,7 @@ TEMPLATE = Path(__file__).with_name("look.html")
 GUESSES, FEWER = 10, 3  # tokens that are shown as guesses, at the end and after each layer
 ANSWER = 100  # tokens, at most, of an answer that the model writes
 LINKS = 5  # keys that are shown of a query
-MAPS = (
-    1_000_000  # weights in all maps of a kind together: they are made coarser where there are more
-)
+MAPS = 1_000_000  # weights in all maps of a kind: where there are more, they are made coarser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,10 +209,8 @@ def merges_of(i: int, tokenizer: Tokenizer) -> Iterator[list[str]]:
 def pretrained_ranks(pipeline: str) -> dict[str, int]:
     """The rank of each merge of a tokenizer.json, by the token that it makes."""
     pairs = json.loads(pipeline)["model"].get("merges", ())
-    words = (pair.split(" ") if isinstance(pair, str) else pair for pair in pairs)
-    return {
-        "".join(word): rank for rank, word in reversed([*enumerate(words)])
-    }  # the first counts
+    words = ["".join(p.split(" ") if isinstance(p, str) else p) for p in pairs]
+    return {word: rank for rank, word in reversed([*enumerate(words)])}  # the first counts
 
 
 def packed(layers: Sequence[Tensor]) -> dict[str, Any]:
@@ -264,8 +260,6 @@ def main(arguments: list[str]) -> None:
     data = look(load_model(name), text, config.answer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in folder.glob("*.png"):  # of another model
-            picture.unlink()
         write_text(folder / PAGE, page(data))
         draw(data, folder)
     except OSError as error:

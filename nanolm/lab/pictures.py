@@ -9,29 +9,32 @@ import numpy as np
 
 from nanolm.system.files import whole_file
 
+PICTURES = [f"attention-{kind}.png" for kind in ("text", "source", "cross")]
+PICTURES += ["surprise.png", "layers.png", "shares.png"]
 READABLE = 64  # tokens, at most, that are named in a picture; of longer texts, the first so many
 
 
-def draw(data: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw all that there is, as PNGs in the folder; nothing where matplotlib is not installed."""
+def draw(data: dict[str, Any], folder: Path) -> None:
+    """Draw all that there is, as PNGs in the folder; nothing where matplotlib is not installed.
+
+    Those of another model, which were there before, do not stay.
+    """
+    for name in PICTURES:
+        (folder / name).unlink(missing_ok=True)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        return []
-    drawn, text = [], data["texts"]["text"]
+        return
+    text = data["texts"]["text"]
     for kind, packed in data["attention"].items():
-        drawn.append(folder / f"attention-{kind}.png")
-        draw_attention(packed, drawn[-1])
+        draw_attention(packed, folder / f"attention-{kind}.png")
     names = [data["vocabulary"][i][0].replace("$", r"\$") for i in text["ids"][:READABLE]]
     if "surprise" in text:
         draw_bars(names, text["surprise"], "surprise (nats)", folder / "surprise.png")
         draw_lens(names, text["lens"], data["vocabulary"], folder / "layers.png")
-        drawn += [folder / "surprise.png", folder / "layers.png"]
-    for name, row in zip(("shares.png",), text.get("shares", ()), strict=False):
+    if "shares" in text:
         label = text["labels"][int(np.argmax(text["probabilities"][0]))]
-        draw_bars(names, row, f"adds to log p({label})", folder / name)
-        drawn.append(folder / name)
-    return drawn
+        draw_bars(names, text["shares"][0], f"adds to log p({label})", folder / "shares.png")
 
 
 def save(figure: Any, picture: Path) -> None:

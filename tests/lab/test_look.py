@@ -125,8 +125,10 @@ def test_a_text_that_is_too_long_is_cut_and_that_is_said(tiny_run, capsys):
 def test_pictures_of_another_model_do_not_stay(tiny_run):
     main(["--text=1"])
     Path("look/shares.png").touch()
+    Path("look/mine.png").touch()
     main(["--text=1"])
     assert not Path("look/shares.png").exists()
+    assert Path("look/mine.png").exists()  # of someone else
     assert Path("look/surprise.png").exists()
 
 
