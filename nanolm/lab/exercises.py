@@ -99,9 +99,10 @@ def exercises_of(chapter: str) -> list[Exercise]:
 
 def list_chapters() -> None:
     """Print the chapters, and how far one is in each."""
+    done = progress()
     for chapter in chapters():
         every, path = exercises_of(chapter), FOLDER / f"{chapter}.py"
-        passed = sum(each.name in progress() for each in every)
+        passed = sum(each.name in done for each in every)
         state = f"{passed} of {len(every)} done" if path.exists() else f"{len(every)} to write"
         print(f"{chapter:12} {state:14} about {sum(each.minutes for each in every)} minutes")
     print("begin with: make exercise CHAPTER=NAME")
