@@ -5,7 +5,7 @@ import sys
 
 __version__ = "0.1.0"
 
-COMMANDS = {"nanolm.runs.load", "nanolm.plan"}
+COMMANDS = {"nanolm.runs.export", "nanolm.plan"}
 COMMANDS |= {f"nanolm.lab.{name}" for name in ("look", "compare", "exercises", "grading")}
 if sys.argv[0] == "-m" and COMMANDS.isdisjoint(sys.orig_argv):  # python -m nanolm.<chapter>
     sys.exit("a chapter is to be read and imported: run train.py, sample.py or prepare.py")

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import TEXT
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from strategies import random_tokens, scramble
+from strategies import model_configs, random_tokens, scramble
 from torch import Tensor
 
 from nanolm.hub.families import FAMILIES, Family
@@ -52,6 +54,21 @@ def shape_of(name: str) -> dict:
     """What all ModelConfigs of that name have."""
     family, head = family_of(name), MODELS[name][1]
     return family.shape | {"head": head, "labels": LABELS if head != "tokens" else ()}
+
+
+@st.composite
+def expressible(draw, name: str):
+    """A ModelConfig that the family has."""
+    dropout = draw(st.sampled_from([0.0, 0.1]))
+    config = draw(model_configs(**shape_of(name), dropout=dropout))
+    width = 23 if name == "qwen3" else 12 * config.n_head  # few channels magnify rounding
+    family = family_of(name)
+    split = {} if "head_size" in family.keys else {"head_size": None, "n_kv_head": None}
+    if name in PAIRS:
+        own = {"n_encoder_layer": draw(st.integers(1, 2)), "start_id": draw(st.integers(0, 16))}
+        own |= {"scale_embeddings": draw(st.booleans()), "label_smoothing": 0.1}
+        split |= own | {"mlp": draw(st.sampled_from(list(family.activations.values())))}
+    return replace(config, n_embd=width, **split)
 
 
 def their_config(name: str, ours: dict = SMALL, **theirs) -> transformers.PreTrainedConfig:

@@ -19,7 +19,7 @@ from nanolm.lab.look import LookConfig
 from nanolm.layers import ModelConfig
 from nanolm.model import build_model
 from nanolm.plan.costs import PlanConfig
-from nanolm.runs.load import WORDS, ExportConfig
+from nanolm.runs.export import WORDS, ExportConfig
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import load_config, split_arguments
 from nanolm.text.tokenizer import BPETokenizer
@@ -64,7 +64,7 @@ def test_every_command_is_one_that_the_project_understands(command, monkeypatch)
         assert all(
             re.search(rf"\$\({word.split('=')[0]}\b", makefile) for word in words if "=" in word
         )
-    elif words[:2] == ["-m", "nanolm.runs.load"]:
+    elif words[:2] == ["-m", "nanolm.runs.export"]:
         load_config(ExportConfig, words[2:], positional=WORDS)
     elif words[:2] == ["-m", "nanolm.plan"]:
         load_config(PlanConfig, words[2:])

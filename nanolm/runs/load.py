@@ -1,30 +1,25 @@
-"""A trained model by its name: that of a run, of a folder of Hugging Face's format, or of the hub.
-
-    python -m nanolm.runs.load export OUT_DIR FOLDER
-
-writes it in Hugging Face's format.
-"""
+"""A trained model by its name: that of a run, of a folder of Hugging Face's format, or a hub's."""
 
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from nanolm.hub.models import CONFIG, PARTS, WEIGHTS, export_model, load_pretrained
+from nanolm.hub.models import CONFIG, PARTS, WEIGHTS, load_pretrained
 from nanolm.hub.names import find_folder
 from nanolm.hub.tokenizers import FILES
-from nanolm.layers import ModelConfig, require_choice
+from nanolm.layers import ModelConfig
 from nanolm.model import Transformer, build_model
 from nanolm.runs import checkpoint
 from nanolm.runs.folder import holds_a_run
 from nanolm.runs.settings import TrainConfig, model_config_of
-from nanolm.system.config import load_config
-from nanolm.system.script import run_script
 from nanolm.tasks.table import make_task, task_of
 from nanolm.text.conversations import can_chat
 from nanolm.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+CONFIG_KEYS = tuple(field.name for field in fields(TrainConfig))
 
 
 class Trained(NamedTuple):
@@ -94,31 +89,3 @@ def check_fits(content: dict) -> None:
         model = build_model(model_config_of(content["config"]))
     weights = dict(content["model"])  # torch would note in the original how it was loaded here
     model.load_state_dict(weights, assign=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """The words of the command."""
-
-    command: str  # export
-    out_dir: str  # the folder of a run, or any other model that init_from could name
-    folder: str  # where to write it
-
-    def __post_init__(self):
-        require_choice("command", self.command, ("export",))
-
-
-CONFIG_KEYS = tuple(field.name for field in fields(TrainConfig))
-WORDS = tuple(field.name for field in fields(ExportConfig))
-
-
-def main(arguments: list[str]) -> None:
-    """Do what the command says."""
-    config = load_config(ExportConfig, arguments, positional=WORDS)
-    model, tokenizer, origin, _ = load_model(config.out_dir)
-    architecture = export_model(model, tokenizer, config.folder)
-    print(f"{origin}: written to {config.folder} as {architecture}")
-
-
-if __name__ == "__main__":
-    run_script(main, "python -m nanolm.runs.load export OUT_DIR FOLDER", ExportConfig)

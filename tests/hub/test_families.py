@@ -15,7 +15,6 @@ from pretrained import (
     CHARACTERS,
     LABELS,
     MODELS,
-    PAIRS,
     SMALL,
     TOKENIZERS,
     T,
@@ -26,13 +25,13 @@ from pretrained import (
     change_config,
     change_weights,
     every_model,
+    expressible,
     family_of,
     read_theirs,
     save_theirs,
-    shape_of,
     their_config,
 )
-from strategies import head_counts, model_configs, random_tokens, scramble, seeds
+from strategies import head_counts, random_tokens, scramble, seeds
 from transformers import AutoTokenizer
 
 from nanolm.hub.families import BERT, FAMILIES, config_json, labels_of
@@ -167,21 +166,6 @@ def test_tokens_that_only_pad_a_model_are_left_out(tied, tmp_path):
 
 # ------------------------------------------------------------------------------------------
 # Out
-
-
-@st.composite
-def expressible(draw, name: str):
-    """A ModelConfig that the family has."""
-    dropout = draw(st.sampled_from([0.0, 0.1]))
-    config = draw(model_configs(**shape_of(name), dropout=dropout))
-    width = 23 if name == "qwen3" else 12 * config.n_head  # few channels magnify rounding
-    family = family_of(name)
-    split = {} if "head_size" in family.keys else {"head_size": None, "n_kv_head": None}
-    if name in PAIRS:
-        own = {"n_encoder_layer": draw(st.integers(1, 2)), "start_id": draw(st.integers(0, 16))}
-        own |= {"scale_embeddings": draw(st.booleans()), "label_smoothing": 0.1}
-        split |= own | {"mlp": draw(st.sampled_from(list(family.activations.values())))}
-    return replace(config, n_embd=width, **split)
 
 
 def assert_survives_export(model: Transformer, tokenizer: Tokenizer, place: Path) -> None:

@@ -47,7 +47,7 @@ from nanolm.text.data import open_dataset
 def test_the_command_exports_a_run_that_then_writes_the_same_texts(tiny_run, run_main):
     """And an export can be exported again."""
     for source, target in [(tiny_run, "there"), ("there", "again")]:
-        code, out, err = run_main("nanolm/runs/load", "export", source, target)
+        code, out, err = run_main("nanolm/runs/export", source, target)
         assert (code, err) == (0, "")
         assert out.endswith(f"written to {target} as Qwen3ForCausalLM\n")
     flags = ("--num_samples=3", "--max_new_tokens=40", "--device=cpu", "--start=1 little")

@@ -73,7 +73,7 @@ def test_bert_is_finetuned_on_labelled_texts_and_handed_on(workplace, run_main):
     code, out, _ = run_main("train", *flags, "--learning_rate=0.005")
     assert code == 0
     assert "head      fresh: 2 labels" in out
-    code, out, _ = run_main("nanolm/runs/load", "export", "out/kinds", "there")
+    code, out, _ = run_main("nanolm/runs/export", "out/kinds", "there")
     assert out.endswith("written to there as BertForSequenceClassification\n")
     theirs = pipeline("text-classification", "there", device="cpu", top_k=None)
     for text, label in [("3 and 3 wolfs", "few"), ("4 and 59 owls", "many")]:

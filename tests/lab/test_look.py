@@ -79,7 +79,7 @@ def test_a_folder_of_hugging_face_s_is_looked_at_alike(tiny_run, run_main):
     """With the merges that its tokenizer.json tells."""
     prepare("words", inputs=("text.txt",), tokenizer="bpe:280")
     assert run_main("train", *TINY, "--dataset=words", "--out_dir=out/it")[0] == 0
-    assert run_main("nanolm/runs/load", "export", "out/it", "there")[0] == 0
+    assert run_main("nanolm/runs/export", "out/it", "there")[0] == 0
     ours, theirs = (look(load_model(name), "1 little wolf") for name in ("out/it", "there"))
     assert ours["texts"]["text"]["ids"] == theirs["texts"]["text"]["ids"]
     surprises = (np.array(each["texts"]["text"]["surprise"][1:-1]) for each in (ours, theirs))
