@@ -212,6 +212,8 @@ def export_model(model: Transformer, tokenizer: Tokenizer, folder: str | Path) -
     ends = {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
     config = {"model_type": name, **config_json(family, model.config), **ends}
     generation = {**ends, "pad_token_id": end}  # in config.json, it would get no gradient there
+    if model.config.kind == "a decoder":
+        generation["do_sample"] = True  # or servers heed neither a temperature nor a seed
     if model.config.n_encoder_layer:
         config["pad_token_id"] = None
         generation["decoder_start_token_id"] = model.config.start_id

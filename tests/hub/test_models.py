@@ -34,7 +34,7 @@ from transformers import AutoConfig
 
 from nanolm.batches import evaluation_batches
 from nanolm.hub.families import FAMILIES
-from nanolm.hub.models import CONFIG, WEIGHTS, export_model, load_pretrained
+from nanolm.hub.models import CONFIG, GENERATION, WEIGHTS, export_model, load_pretrained
 from nanolm.hub.tokenizers import write_tokenizer
 from nanolm.layers import ModelConfig
 from nanolm.loss import NO_TARGET
@@ -321,6 +321,12 @@ def test_others_may_read_an_export_as_they_may_any_new_file(tiny_run):
     export_model(*load_model(tiny_run)[:2], "there")
     modes = {path.stat().st_mode for path in Path("there").iterdir()}
     assert modes == {Path("text.txt").stat().st_mode}
+
+
+def test_a_decoder_is_exported_as_one_that_draws(tiny_run):
+    """transformers' server took the likeliest token at every temperature, with every seed."""
+    export_model(*load_model(tiny_run)[:2], "there")
+    assert json.loads(Path("there", GENERATION).read_text())["do_sample"] is True
 
 
 # ------------------------------------------------------------------------------------------
