@@ -48,11 +48,16 @@ def begin(place: Path, log: str, environment: dict, function: Callable, argument
     function(*arguments)
 
 
-def start_ranks(n: int, function: Callable, *arguments: object) -> list[multiprocessing.Process]:
-    """Start n children that find each other as those of torchrun do; they print to log0.txt ..."""
+def free_port() -> int:
+    """The number of a port of this machine that nobody uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_ranks(n: int, function: Callable, *arguments: object) -> list[multiprocessing.Process]:
+    """Start n children that find each other as those of torchrun do; they print to log0.txt ..."""
+    port = free_port()
     return [
         start(
             function,
