@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import TEXT
 from hypothesis import given, settings
+from jinja2 import Template
 from pretrained import CHARACTERS, DECODERS, every_decoder, expressible, refusal, shape_of
 from strategies import random_tokens, scramble, seeds
 from test_tokenizer import CORPUS, GPT4_SPLIT, SPECIAL
@@ -34,7 +35,7 @@ from test_tokenizers import (
 )
 from tokenizers import Regex, pre_tokenizers
 
-from nanolm.hub.gguf import DTYPES, TURNS_NEIGHBOURS, WITHOUT_BIAS, export_gguf
+from nanolm.hub.gguf import DTYPES, WITHOUT_BIAS, export_gguf
 from nanolm.hub.models import export_model
 from nanolm.layers import ModelConfig
 from nanolm.model import GPT, build_model
@@ -96,7 +97,7 @@ def expected(model: GPT, name: str) -> dict[str, np.ndarray]:
     if model.config.tie_embeddings:
         del found["output.weight"]
     for theirs in list(found):
-        if name in TURNS_NEIGHBOURS and (".attn_q." in theirs or ".attn_k." in theirs):
+        if name in ("llama", "arcee") and (".attn_q." in theirs or ".attn_k." in theirs):
             heads = found[theirs].reshape(-1, hs, *found[theirs].shape[1:])
             order = [i // 2 + i % 2 * (hs // 2) for i in range(hs)]
             found[theirs] = heads[:, order].reshape(found[theirs].shape)
@@ -250,10 +251,14 @@ foreign_texts = texts.map(lambda text: unicodedata.normalize("NFC", text.replace
 @needs_llama
 @given(text=foreign_texts)
 def test_llama_cuts_every_text_into_the_same_tokens(pair, text):
+    """But where whole words come first, a word of a special token's spelling is always that."""
     ours, llama = pair
     for special in (False, True):
-        ids = ours.encode(text, allowed_special="all" if special else ())
-        assert llama.tokenize(text.encode(), add_bos=False, special=special) == ids
+        said = text
+        if llama.metadata["tokenizer.ggml.pre"] == "llama-bpe" and not special:
+            said = text.replace(SPECIAL[2], ". *")
+        ids = ours.encode(said, allowed_special="all" if special else ())
+        assert llama.tokenize(said.encode(), add_bos=False, special=special) == ids
 
 
 @needs_llama
@@ -282,20 +287,18 @@ def test_the_pattern_that_cuts_a_text_gets_its_name(name, tmp_path):
     assert fields["tokenizer.ggml.pre"] == CUTS[name]
 
 
-@needs_llama
-def test_a_conversation_becomes_the_tokens_that_were_learned(tmp_path, open_llama):
-    """And a model of none has no template."""
+def test_a_conversation_becomes_the_tokens_that_were_learned(tmp_path):
+    """By a template of plain Jinja; and a model of none has none."""
     fields = fields_of(export_vocabulary(CHATTING, tmp_path / "a.gguf"))
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    template = fields["tokenizer.chat_template"]
-    formatter = Jinja2ChatFormatter(template=template, eos_token="", bos_token="")
     messages = [("user", " a wolf\n"), ("assistant", "met a fox"), ("user", "and?")]
-    prompt = formatter(messages=[{"role": r, "content": c} for r, c in messages]).prompt
+    prompt = Template(fields["tokenizer.chat_template"]).render(
+        messages=[{"role": role, "content": text} for role, text in messages],
+        add_generation_prompt=True,
+    )
     said = [(role, text.strip()) for role, text in messages]
     wanted = chatml(said, CHATTING)[0] + answer_opening(CHATTING)
-    with open_llama(tmp_path / "a.gguf", vocab_only=True) as llama:
-        assert llama.tokenize(prompt.encode(), special=True) == wanted
+    assert CHATTING.encode(prompt, allowed_special="all") == wanted
+    assert fields["tokenizer.ggml.eot_token_id"] == CHATTING.special_tokens["<|im_end|>"]
     other = fields_of(export_vocabulary(LEARNED, tmp_path / "b.gguf"))
     assert "tokenizer.chat_template" not in other
 
