@@ -1,4 +1,4 @@
-"""Hugging Face's formats, in and out: names, families of models, weights, tokenizers.
+"""Hugging Face's formats, in and out, and GGUF: names, families of models, weights, tokenizers.
 
 What enters translates; nothing outside this room knows other people's names.
 """

@@ -37,7 +37,7 @@ from nanolm.text.pretrained import BYTES
 from nanolm.text.tokenizer import Tokenizer
 
 SUFFIX = ".gguf"
-DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # gguf's for whole files
+DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # gguf's names of files
 GROUP = 32  # numbers of a row that share a scale in q8_0
 
 # Our keys, and what follows add_ in the name of the method of gguf that writes them.
@@ -159,9 +159,12 @@ def pairs_as_neighbours(rows: Tensor, head_size: int) -> Tensor:
 
 
 def rounded(tensor: Tensor, dtype: str) -> tuple[np.ndarray, int]:
-    """A tensor as it is stored, and gguf's number for that; rows of no whole groups in 16 bits."""
+    """A tensor as it is stored, and gguf's number for that.
+
+    Rows of no whole groups are stored in 16 bits; vectors, and what these cannot hold, in 32.
+    """
     gguf, array = package(), tensor.numpy()
-    if array.ndim == 1:
+    if array.ndim == 1 or np.abs(array).max() > np.finfo(np.float16).max:
         dtype = "f32"
     elif dtype == "q8_0" and array.shape[1] % GROUP:
         dtype = "f16"

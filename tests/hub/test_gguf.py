@@ -149,7 +149,16 @@ def test_matrices_are_rounded_as_asked_and_vectors_are_not(name, dtype, tmp_path
     assert tensors_of(tmp_path / "a.gguf").keys() >= wanted.keys()
 
 
+def test_what_16_bits_cannot_hold_is_kept_in_32(tmp_path):
+    model = fine_model("llama")
+    model.blocks[1].mlp.up.weight.data[3, 4] = 1e5
+    export_gguf(model, WORDS, tmp_path / "a.gguf", dtype="f16")
+    found = tensors_of(tmp_path / "a.gguf")["blk.1.ffn_up.weight"]
+    np.testing.assert_array_equal(found, model.blocks[1].mlp.up.weight.detach())
+
+
 def fields_of(path: Path) -> dict:
+    """The keys of a file."""
     reader = gguf.GGUFReader(path)
     return {name: field.contents() for name, field in reader.fields.items()}
 
