@@ -4,6 +4,7 @@ What runs in llama.cpp needs the package llama-cpp-python, which is compiled whe
 without it, these laws are skipped.
 """
 
+import json
 import sys
 import unicodedata
 from contextlib import closing
@@ -27,7 +28,9 @@ from test_tokenizers import (
     BYTE_LEVEL,
     OTHERS,
     QWEN_SPLIT,
+    by_qwen,
     byte_level,
+    changed,
     read,
     spell,
     texts,
@@ -35,13 +38,14 @@ from test_tokenizers import (
 )
 from tokenizers import Regex, pre_tokenizers
 
-from nanolm.hub.gguf import DTYPES, WITHOUT_BIAS, export_gguf
+from nanolm.hub.gguf import DTYPES, WITHOUT_BIAS, cut_of, export_gguf
 from nanolm.hub.models import export_model
 from nanolm.layers import ModelConfig
 from nanolm.model import GPT, build_model
 from nanolm.tasks.answering import stop_ids
 from nanolm.text.bpe_tokenizer import END_OF_TEXT, BPETokenizer
 from nanolm.text.conversations import CHAT_TOKENS, answer_opening, chatml
+from nanolm.text.pretrained import open_pipeline
 from nanolm.text.tokenizer import Tokenizer
 
 needs_llama = pytest.mark.skipif(not find_spec("llama_cpp"), reason="needs llama-cpp-python")
@@ -221,9 +225,10 @@ by_llama = pre_tokenizers.Split(Regex(QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,
 THEIRS = BYTE_LEVEL | {
     "Llama 3": with_every_merge(byte_level(by_llama, spell, around=f"{END_OF_TEXT} $A")),
     "DBRX": byte_level(by_llama, spell),
+    "Qwen, begun": byte_level(by_qwen, spell, around=f"{END_OF_TEXT} $A"),
 }
 CUTS = {"GPT-2": "gpt-2", "Llama 3": "llama-bpe", "Qwen": "qwen2", "SmolLM": "smollm"}
-CUTS |= {"DBRX": "dbrx"}
+CUTS |= {"DBRX": "dbrx", "Qwen, begun": "qwen2"}
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +293,21 @@ def test_llama_knows_the_bytes_of_every_token_and_what_begins_and_ends_a_text(pa
     begin = ours.begin_of_text
     assert llama.token_bos() == (ours.end_of_text if begin is None else begin)
     assert llama.tokenize(b"a")[:-1] == ([] if begin is None else [begin])
+
+
+def test_ids_without_a_token_are_unused_and_added_words_are_no_control(tmp_path):
+    content = json.loads(THEIRS["Qwen"].to_str())
+    last = 420  # behind a gap
+    word = content["added_tokens"][1] | {"id": last, "content": "<tool>", "special": False}
+    content = changed(content, ("model", "vocab"), lambda vocab: vocab | {"<tool>": last})
+    content = changed(content, ("added_tokens",), lambda added: [*added, word])
+    tokenizer = read(tmp_path, content)
+    fields = fields_of(export_vocabulary(tokenizer, tmp_path / "a.gguf"))
+    kinds, kind = fields["tokenizer.ggml.token_type"], gguf.TokenType
+    assert len(kinds) == last + 1
+    assert (kinds[last], kinds[tokenizer.end_of_text]) == (kind.USER_DEFINED, kind.CONTROL)
+    used = open_pipeline(tokenizer.pipeline).get_vocab().values()
+    assert {i for i in range(last) if kinds[i] == kind.UNUSED} == set(range(last)) - set(used)
 
 
 @pytest.mark.parametrize("name", CUTS)
@@ -408,6 +428,28 @@ def test_a_tokenizer_that_llama_has_not_is_refused_with_the_way_out(name, tmp_pa
     assert ("no token of the tokenizer ends a text" in found) == (name == "no end")
     assert found.endswith("name a folder")
     assert list(tmp_path.iterdir()) == [folder]
+
+
+FIRST = ("pre_tokenizer", "pretokenizers", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("GPT-2", ("pre_tokenizer", "add_prefix_space"), True),
+        ("GPT-2", ("pre_tokenizer",), None),
+        ("GPT-2", ("model", "ignore_merges"), True),
+        ("GPT-2", ("model", "vocab"), lambda vocab: {t: i for t, i in vocab.items() if t != "!"}),
+        ("SmolLM", (*FIRST, "individual_digits"), False),
+        ("Qwen", (*FIRST, "behavior"), "Removed"),
+        ("Qwen", (*FIRST, "invert"), True),
+        ("Qwen", (*FIRST, "pattern"), {"String": " "}),
+    ],
+)
+def test_what_cuts_only_nearly_so_has_no_name(name, path, value):
+    content = json.loads(THEIRS[name].to_str())
+    assert cut_of(content) == CUTS[name]
+    assert cut_of(changed(content, path, value)) is None
 
 
 @pytest.mark.parametrize(
