@@ -85,10 +85,10 @@ def attention(
     (B, nh, T, hs).
     """
     weights = attention_weights(q, k, causal=causal, mask=mask)  # (B, nh, T, S)
-    if dropout and heads is not None:
-        weights = weights * dropout_of_part(weights, dropout, *heads)
+    if heads is None:
+        weights = drop(weights, dropout)
     else:
-        weights = F.dropout(weights, dropout)
+        weights = weights * dropout_of_part(weights, dropout, *heads)
     return weights.to(v.dtype) @ for_each_query(v, q.shape[1])  # (B, nh, T, hs)
 
 
@@ -98,7 +98,21 @@ def dropout_of_part(weights: Tensor, dropout: float, first: int, n_head: int) ->
     weights: (B, nh, T, S), of the heads from the first on. The random numbers of all are drawn.
     """
     B, nh, T, S = weights.shape
-    return F.dropout(weights.new_ones(B, n_head, T, S), dropout)[:, first : first + nh].clone()
+    return drop(weights.new_ones(B, n_head, T, S), dropout)[:, first : first + nh].clone()
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """x with each entry replaced by 0 with probability p, the others divided by 1 - p.
+
+    Srivastava et al. 2014. On a CPU, which draws one number after the other, p is rounded to a
+    multiple of 2^-16: four entries are then decided by the bits of one number of 64.
+    """
+    kinds, dropped = 2**16, round(p * 2**16)  # of the values that 16 bits have
+    if x.device.type != "cpu" or not dropped:
+        return F.dropout(x, p)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) > dropped - kinds // 2 - 1
+    return torch.where(kept, x * (kinds / max(1, kinds - dropped)), 0.0)
 
 
 def fast_attention(
@@ -126,10 +140,10 @@ def fast_attention(
 def prefer_formula(device_type: str, dtype: torch.dtype, T: int, S: int) -> bool:
     """Whether the formula is the faster of the two: a rule drawn from measurements.
 
-    On a CPU the fused kernel's backward pass is slow in half precision, and has little to save
-    where the scores are small; everywhere else it wins.
+    On a CPU the fused kernel is slow in half precision, and has little to save where the scores
+    are small; everywhere else it wins.
     """
-    return device_type == "cpu" and (dtype.itemsize == 2 or S <= 128) and T > 1
+    return device_type == "cpu" and (dtype.itemsize == 2 or (S <= 128 and T > 1))
 
 
 def rotary_angles(positions: Tensor, hs: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -154,6 +168,23 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
+class Linear(nn.Linear):
+    """x W^T + b for each vector x of the last axis."""
+
+    few = 8  # so many vectors count as few
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[:-1].numel()
+        training, narrow = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+        if n > self.few or x.device.type != "cpu" or training or narrow:
+            return super().forward(x)
+        # As long as it takes to read W: as columns, and two at least, MKL reads it faster.
+        rows = x.reshape(n, self.in_features)
+        rows = rows if n > 1 else torch.cat((rows, rows))
+        y = self.weight.mm(rows.t())[:, :n].t().contiguous().view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class KVCache:
     """The keys and values that one attention layer has computed so far.
 
@@ -168,19 +199,18 @@ class KVCache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add k and v, (B, n_kv_head, T, hs) each; returns all so far, (B, n_kv_head, S, hs)."""
+        B, n_kv_head, T, hs = k.shape
         if self.length == 0:
-            B, n_kv_head, T, hs = k.shape
             self.k = k.new_empty(B, n_kv_head, max(T, self.max_length), hs)
             self.v = torch.empty_like(self.k)
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.length = end
+        self.k.narrow(2, self.length, T).copy_(k)
+        self.v.narrow(2, self.length, T).copy_(v)
+        self.length += T
         return self.held()
 
     def held(self) -> tuple[Tensor, Tensor]:
         """All keys and values so far, (B, n_kv_head, S, hs) each."""
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+        return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, (B,) numbers, some of which may come twice."""
@@ -210,10 +240,10 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.head_size, self.dropout, self.causal = head_size, dropout, causal
         self.n_head, self.first_head = n_head, 0  # of a part of the heads, the number of its first
-        self.q = nn.Linear(n_embd, n_head * head_size, bias=bias)
-        self.k = nn.Linear(n_embd, n_kv_head * head_size, bias=bias)
-        self.v = nn.Linear(n_embd, n_kv_head * head_size, bias=bias)
-        self.out = nn.Linear(n_head * head_size, n_embd, bias=bias)
+        self.q = Linear(n_embd, n_head * head_size, bias=bias)
+        self.k = Linear(n_embd, n_kv_head * head_size, bias=bias)
+        self.v = Linear(n_embd, n_kv_head * head_size, bias=bias)
+        self.out = Linear(n_head * head_size, n_embd, bias=bias)
         self.q_norm, self.k_norm = qk_norm(head_size), qk_norm(head_size)
 
     def forward(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanolm.attention import KVCache, rotary_angles
-from nanolm.layers import NORMS, Block, ModelConfig, sinusoids
+from nanolm.layers import NORMS, Block, Dropout, ModelConfig, sinusoids
 from nanolm.loss import projected_cross_entropy
 
 
@@ -44,7 +44,7 @@ class Tower(nn.Module):
         first, norm = config.norm_first, NORMS[config.norm]
         like_bert = not first and not config.n_encoder_layer
         self.embedding_norm = norm(config) if like_bert else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         blocks = (Block(config, causal=causal, cross=cross) for _ in range(n_layer))
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(config) if first else nn.Identity()  # the last block has normalized
@@ -70,7 +70,7 @@ class Tower(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"a context of {end} tokens: block_size is {self.config.block_size}")
         whole = torch.arange(start, end, device=ids.device)
-        where = whole if segments is None else positions_within(segments)
+        where = whole if segments is None else positions_within(segments)[:, start:]
         x, angles = self.tokens(ids), None  # (B, T, C)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.n_embd)
@@ -87,7 +87,7 @@ class Tower(nn.Module):
         x = self.dropout(self.embedding_norm(x))
         may_look = broadcast(mask)
         if segments is not None:
-            may_look = (segments[:, :, None] == segments[:, None, :])[:, None]  # (B, 1, T, T)
+            may_look = (segments[:, start:, None] == segments[:, None, :])[:, None]  # (B, 1, T, S)
         own = cache or [None] * len(self.blocks)  # of a decoder that looks across, two for each
         across = own[len(self.blocks) :] or own
         for block, cached, memory_cached in zip(self.blocks, own, across, strict=False):
@@ -159,7 +159,8 @@ class Transformer(Tower):
         (B, P); logits: (B, P, V), or so many as there are labels. mask: (B, T) booleans, False
         for tokens that only fill up a row. types: (B, T), the part that a token is of; 0 where
         they are missing. segments: (B, T) integers, for several texts in a row: tokens of one
-        number see each other alone, as if their text stood there by itself. The loss is the fp32
+        number see each other alone, as if their text stood there by itself; with a cache, (B, S),
+        of what it holds and then of ids. The loss is the fp32
         mean over the targets that are not -1, and 0 where there is none. With a cache (see
         new_cache) the ids continue those it holds, and it grows by them. Raises ValueError where
         the context would be longer than block_size.

@@ -25,8 +25,10 @@ from torch import nn
 
 from nanolm.attention import (
     KVCache,
+    Linear,
     MultiHeadAttention,
     attention,
+    drop,
     fast_attention,
     prefer_formula,
     rotary_angles,
@@ -93,6 +95,44 @@ def test_dropout_drops_a_weight_or_scales_it_up_so_that_the_mean_stays(attend):
     assert abs(len(kept) / S**2 - (1 - p)) < 0.01
 
 
+# Dropout and products
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.sampled_from([0.1, 0.5, 0.9]))
+@settings(deadline=None, max_examples=20)
+def test_dropout_keeps_the_mean_of_any_shape(shape, p):
+    x, n = torch.full(shape, 2.0), -(-40_000 // math.prod(shape))
+    torch.manual_seed(0)
+    found = torch.stack([drop(x, p) for _ in range(n)])
+    assert_close(found[found != 0], torch.full_like(found[found != 0], 2 / (1 - p)), 1e-3)
+    assert abs(found.mean() / 2 - 1) < 0.1
+    assert abs((found == 0).double().mean() - p) < 0.02
+
+
+def test_dropout_of_nothing_and_of_all():
+    x = torch.ones(5)
+    assert torch.equal(drop(x, 0.0), x)
+    assert not drop(x, 1.0).any()
+
+
+def test_neighbours_are_dropped_independently_of_one_another():
+    """Four of them come from one random number."""
+    torch.manual_seed(0)
+    kept = (drop(torch.ones(10_000, 4), 0.5) > 0).double()
+    assert_close(np.corrcoef(kept.numpy().T), np.eye(4), 0.05)
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.booleans(), seeds)
+@settings(deadline=None, max_examples=30)
+def test_few_vectors_are_multiplied_as_many(B, T, bias, seed):
+    torch.manual_seed(seed)
+    layer, x = Linear(7, 11, bias=bias).double(), torch.randn(B, T, 7, dtype=torch.float64)
+    with torch.no_grad():
+        few = layer(x)
+    assert few.is_contiguous()
+    assert_close(few, layer(x), 1e-12)  # where a gradient may be asked for, all at once
+
+
 # The formula
 
 
@@ -143,12 +183,12 @@ def test_a_hidden_key_has_exactly_no_influence(attend, inputs, seed):
     assert torch.equal(call(attend, inputs)[:, :, t], before[:, :, t])
 
 
-def test_only_a_cpu_prefers_the_formula_and_never_for_a_single_query():
-    """The fused kernels need no (T, S) scores: at long contexts only they are an option."""
+def test_only_a_cpu_prefers_the_formula():
+    """In float32 for no single query, and not at long contexts, whose scores are many."""
     for dtype in (torch.float32, torch.bfloat16):
         assert not prefer_formula("cuda", dtype, 64, 64)
-        assert not prefer_formula("cpu", dtype, 1, 64)
         assert prefer_formula("cpu", dtype, 64, 64)
+    assert not prefer_formula("cpu", torch.float32, 1, 64)
     assert not prefer_formula("cpu", torch.float32, 4096, 4096)
 
 

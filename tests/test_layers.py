@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import assert_close
 from strategies import model_configs, scramble, seeds, to_torch, weights_of
 
-from nanolm.layers import MLPS, NORMS, POSITIONS, Block, GatedMLP, ModelConfig, sinusoids
+from nanolm.layers import MLPS, NORMS, POSITIONS, Block, GatedMLP, ModelConfig, gelu, sinusoids
 
 TINY = ModelConfig(vocab_size=17, block_size=11, n_layer=2, n_head=2, n_embd=6)
 GATED = [kind for kind in MLPS if issubclass(MLPS[kind].func, GatedMLP)]
@@ -62,6 +62,12 @@ def test_every_activation_is_its_formula(kind):
     formula, _ = reference.MLPS[kind]
     assert_close(MLPS[kind].keywords["activation"](x), formula(before.numpy()), 1e-12)
     assert torch.equal(x, before)
+
+
+def test_gelu_is_its_formula_in_a_compiler_too(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    x = torch.linspace(-9, 9, 37, dtype=torch.float64)
+    assert_close(gelu(x), reference.gelu_tanh(x.numpy()), 1e-12)
 
 
 def test_the_tanh_form_of_gelu_is_within_a_thousandth_of_the_exact_one():
