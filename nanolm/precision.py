@@ -28,7 +28,7 @@ class Hardware:
     cuda_name: str = ""
     cuda_count: int = 1
     mps: bool = False  # an Apple GPU
-    cpu_bf16: bool = False  # a CPU with AMX units for bfloat16
+    cpu_bf16: bool = False  # a CPU with instructions for bfloat16: AMX or AVX-512
     compiler: bool = False  # a C++ compiler and Python's headers, which torch.compile needs
     triton: bool = False  # which torch.compile needs on a GPU
     threads: int = 1
@@ -46,7 +46,7 @@ def find_hardware() -> Hardware:
         cuda_name=torch.cuda.get_device_name() if cuda else "",
         cuda_count=torch.cuda.device_count(),
         mps=torch.backends.mps.is_available(),
-        cpu_bf16=capabilities.get("amx_bf16", False),
+        cpu_bf16=any(capabilities.get(f"{kind}_bf16", False) for kind in ("amx", "avx512")),
         compiler=any(map(shutil.which, compilers)) and headers.exists(),
         triton=importlib.util.find_spec("triton") is not None,
         threads=torch.get_num_threads(),
@@ -138,7 +138,7 @@ def choose_dtype(hardware: Hardware, kind: str, dtype: str) -> tuple[str, str]:
     if kind == "cuda":
         return "float16", "the GPU has no bfloat16 arithmetic; losses are scaled"
     if kind == "cpu" and hardware.cpu_bf16:
-        return "bfloat16", "the CPU has AMX units"
+        return "bfloat16", "the CPU has instructions for it"
     return "float32", "no fast bfloat16 on this device"
 
 

@@ -76,6 +76,12 @@ def test_this_machine_is_described():
     assert choose_engine(hardware).device in ("cpu", "cuda", "mps")
 
 
+@pytest.mark.parametrize("kind", ["amx_bf16", "avx512_bf16", "avx512_f"])
+def test_a_cpu_with_instructions_for_bfloat16_is_noticed(kind, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {kind: True})
+    assert find_hardware().cpu_bf16 == kind.endswith("bf16")
+
+
 def test_a_cpu_does_not_compile_for_batches_of_many_shapes():
     assert not choose_engine(LAPTOP, flops=LONG, many_shapes=True).compile
     assert choose_engine(LAPTOP, flops=LONG, many_shapes=True, compile=True).compile

@@ -424,5 +424,7 @@ def build_state(
     groups = parameter_groups(model, config.weight_decay, config.optimizer)
     betas = (config.beta1, config.beta2)
     optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=betas)
-    forward = torch.compile(model) if engine.compile else model
+    # On a CPU, the compiler's random numbers for dropout take longer than PyTorch's own.
+    options = {"fallback_random": engine.device_type == "cpu"}
+    forward = torch.compile(model, options=options) if engine.compile else model
     return TrainState(model, optimizer, forward, grad_scaler(engine))
