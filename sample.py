@@ -131,7 +131,8 @@ def main(arguments: list[str]) -> None:
     options["generator"] = torch.Generator(engine.device).manual_seed(config.seed)
     if isinstance(task, AnsweringTask):
         options |= {"num_beams": config.num_beams, "length_penalty": config.length_penalty}
-    with engine.autocast():
+    # Less is kept of each step in inference mode; but the weights that autocast has made narrow.
+    with engine.autocast(), torch.inference_mode(engine.dtype == "float32"):
         if config.chat:
             talk(Chat(model, tokenizer, options))
         elif config.input:

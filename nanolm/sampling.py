@@ -81,18 +81,20 @@ def generate(
     """Continue the prompts ids, (B, T) with T >= 1: yields the next token of each row, (B,).
 
     Of a prompt longer than the model's context, its end counts. A row that has drawn one of
-    stop_ids repeats it; the stream ends when all rows have, or after max_new_tokens. cache: one
-    that holds the beginning of prompts which fit into the context, and is filled further. context:
-    what else the model is to be given each time. It should be in eval mode. Raises ValueError for
+    stop_ids repeats it, and is no longer computed; the stream ends when all rows have, or after
+    max_new_tokens. cache: one that holds the beginning of prompts which fit into the context, and
+    is filled further. context: what else the model is to be given each time, with a row for each
+    prompt; by segments, (B, T), prompts of different lengths are filled up at the left (see
+    Transformer.forward). It should be in eval mode. Raises ValueError for
     options out of range.
     """
     check_generation_options(max_new_tokens, temperature, top_k, top_p)
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one token to start from")
     stop = torch.tensor(list(stop_ids), device=ids.device)
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # the rows that have stopped
+    drawn, rows = ids[:, -1].clone(), torch.arange(len(ids), device=ids.device)
     block_size = model.config.block_size
-    text = ids[:, -block_size:]
+    text = ids[:, -block_size:]  # of the rows that go on
     cache = cache or model.new_cache(min(block_size, text.shape[1] + max_new_tokens))
     unread = text[:, cache[0].length :]
     for _ in range(max_new_tokens):
@@ -100,18 +102,25 @@ def generate(
             text = text[:, -max(1, block_size // 2) :]
             cache, unread = model.new_cache(), text
         read, cached = (unread, {"cache": cache}) if use_cache else (text, {})
+        if "segments" in context:
+            context["segments"] = context["segments"][:, -text.shape[1] :]
         logits, _ = model(read, **cached, **context)  # (B, T, V)
-        drawn = sample_next(
+        unread = sample_next(
             logits[:, -1], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
-        if len(stop):
-            drawn = torch.where(done, text[:, -1], drawn)
-            done |= torch.isin(drawn, stop)
-        yield drawn
-        if len(stop) and done.all():
-            return
-        unread = drawn[:, None]
+        )[:, None]
+        drawn[rows] = unread[:, 0]
+        yield drawn.clone()
         text = torch.cat((text, unread), dim=1)
+        if "segments" in context:  # a new token is of the last one of its row
+            segments = context["segments"]
+            context["segments"] = torch.cat((segments, segments[:, -1:]), dim=1)
+        if len(stop) and len(on := (~torch.isin(unread[:, 0], stop)).nonzero()[:, 0]) < len(rows):
+            if not len(on):
+                return
+            rows, text, unread = rows[on], text[on], unread[on]
+            context = {name: x[on] for name, x in context.items()}
+            for layer in cache if use_cache else ():
+                layer.take(on)
 
 
 def check_generation_options(

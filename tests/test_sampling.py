@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_close
+from strategies import seeds
+from torch.nn import functional as F
 
 from nanolm.layers import POSITIONS, ModelConfig
 from nanolm.model import GPT
@@ -142,6 +144,40 @@ def test_with_and_without_a_cache_the_same_text_is_written(seed, length, positio
         for use in (True, False)
     )
     assert torch.equal(cached, uncached)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    st.sampled_from(POSITIONS),
+    st.booleans(),
+    seeds,
+)
+def test_prompts_of_different_lengths_are_continued_as_each_alone(
+    lengths, position, use_cache, seed
+):
+    """Filled up at the left; and some rows stop before the others do."""
+    model, T = tiny_model(seed, position=position, block_size=16), max(lengths)
+    random = np.random.default_rng(seed)
+    prompts = [torch.from_numpy(random.integers(VOCAB, size=n)) for n in lengths]
+    ids, segments = (
+        torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])
+        for rows in (prompts, [torch.ones_like(prompt) for prompt in prompts])
+    )
+    options = {"temperature": 0, "stop_ids": [3, 5], "use_cache": use_cache}
+    together = run(model, ids, 10, segments=segments, **options)
+    for row, prompt in zip(together.tolist(), prompts, strict=True):
+        alone = run(model, prompt[None], 10, **options)[0].tolist()
+        assert row == alone + alone[-1:] * (len(row) - len(alone))
+
+
+def test_rows_that_have_stopped_are_no_longer_computed():
+    model, sizes, stops = tiny_model(), [], {1, 2, 3, 4}
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    options = {"stop_ids": stops, "generator": torch.Generator().manual_seed(0)}
+    tokens = run(model, torch.zeros(6, 1, dtype=torch.long), 500, **options).tolist()
+    firsts = [next(i for i, token in enumerate(row) if token in stops) for row in tokens]
+    assert sizes == [sum(first >= step for first in firsts) for step in range(len(tokens[0]))]
 
 
 def test_past_the_context_the_last_half_is_kept():

@@ -99,18 +99,12 @@ class AnsweringTask(ExampleTask):
         yield from super().evaluation(dataset, split)
         if split == "val":
             numbers = self.fitting(dataset.val)[: self.eval_answers]
-            n = self.answers_at_once
-            for first in range(0, len(numbers), n):
-                yield self.questions(dataset.val, numbers[first : first + n])
+            for first in range(0, len(numbers), self.batch_size):
+                yield self.questions(dataset.val, numbers[first : first + self.batch_size])
 
     def evaluation_size(self, dataset: Dataset) -> int:
         """How many batches of evaluation give the loss, at most."""
         return super().evaluation_size(dataset)
-
-    @property
-    def answers_at_once(self) -> int:
-        """How many texts are answered side by side."""
-        return self.batch_size
 
     def questions(self, examples: Examples, numbers: Sequence[int]) -> Batch:
         """What begin takes, and the right answers as targets, (B, A)."""

@@ -29,7 +29,6 @@ class CompletionTask(AnsweringTask):
     pack: bool = True  # several examples in a row
 
     kinds: ClassVar[tuple[str, ...]] = ("a decoder",)
-    answers_at_once: ClassVar[int] = 1  # prompts of different lengths end in different places
 
     @property
     def asks(self) -> str:
@@ -80,8 +79,11 @@ class CompletionTask(AnsweringTask):
 
     @staticmethod
     def begin(model: GPT, asked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What generate takes for one text: its ids without what fills them up."""
-        return asked[:, asked[0] != NO_TARGET], {}
+        """What generate takes for texts: their ids, filled up at the left."""
+        own = asked != NO_TARGET
+        order = own.long().argsort(dim=1, stable=True)[:, -int(own.sum(dim=1).max()) :]
+        context = {} if own.gather(1, order).all() else {"segments": own.gather(1, order).long()}
+        return asked.gather(1, order).clamp(min=0), context
 
     def facts(self, dataset: Dataset) -> list[str]:
         """What a person should know of the data, in lines."""
