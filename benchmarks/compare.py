@@ -124,13 +124,6 @@ def contest(
     return medians
 
 
-def matmul_rate(device: str, dtype: torch.dtype, clock: Clock, n: int = 8192) -> float:
-    """FLOP/s of n x n matrix products: what a device reaches when it does nothing else."""
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    clock(lambda: a @ b)
-    return 2 * n**3 / statistics.median(clock(lambda: a @ b) for _ in range(10))
-
-
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     found = {"machine": platform.platform(), "python": platform.python_version()}

@@ -24,19 +24,25 @@ KNOBS = {"temperature": 0.8, "top_k": 50}
 
 
 def nanolm_sample(ids: torch.Tensor, n: int) -> Callable[[], None]:
-    """Ours; each token is read, as one who shows the text has to."""
+    """Ours, as sample.py does it; each token is read, as one who shows the text has to."""
     model = GPT(ModelConfig(**SHAPE)).to(ids.device).eval()
-    return lambda: [step.tolist() for step in generate(model, ids, max_new_tokens=n, **KNOBS)]
+
+    def run() -> None:
+        with torch.inference_mode():
+            for step in generate(model, ids, max_new_tokens=n, **KNOBS):
+                step.tolist()
+
+    return run
 
 
-def huggingface_sample(ids: torch.Tensor, n: int) -> Callable[[], None]:
-    """That of transformers' GPT-2."""
+def huggingface_sample(ids: torch.Tensor, n: int, cache: str) -> Callable[[], None]:
+    """That of transformers' GPT-2, with a cache that grows (dynamic) or has its full length."""
     sizes = {key: SHAPE[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
     ends = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": SHAPE["vocab_size"] - 1}
     config = GPT2Config(**sizes, n_positions=SHAPE["block_size"], **ends)
     model = GPT2LMHeadModel(config).to(ids.device).eval()
     mask = torch.ones_like(ids)
-    knobs = {"do_sample": True, "use_cache": True, "max_new_tokens": n, **KNOBS}
+    knobs = {"do_sample": True, "cache_implementation": cache, "max_new_tokens": n, **KNOBS}
     return lambda: model.generate(ids, attention_mask=mask, **knobs)
 
 
@@ -68,7 +74,8 @@ def main(words: list[str]) -> None:
         ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         runs = {
             "nanolm": nanolm_sample(ids, options.tokens),
-            "transformers": huggingface_sample(ids, options.tokens),
+            "transformers": huggingface_sample(ids, options.tokens, "dynamic"),
+            "transformers, static cache": huggingface_sample(ids, options.tokens, "static"),
         }
         if options.nanogpt:
             runs["nanoGPT"] = nanogpt_sample(ids, options.tokens, options.nanogpt)

@@ -2,28 +2,33 @@
 
     python -m benchmarks.train --nanogpt=DIR [--shapes cpu-12 cpu-64 baby gpt2]
 
-nanoGPT runs as its README says for the machine: uncompiled float32 on a CPU, compiled bfloat16 on
-a GPU. nanolm runs as dtype=auto has it, compiled where that can be. Compiling is not counted here;
-it is in benchmarks.time_to_loss.
+nanoGPT runs as its README says for the machine: float32 on a CPU, there both uncompiled, as the
+README has it, and compiled; compiled bfloat16 on a GPU. nanolm runs as dtype=auto has it, compiled
+where that can be, and in float32. Beside them stands the floor: the matrix products of an update
+alone, on a CPU in float32. Compiling is not counted, but timed: so many updates earn it back.
 """
 
 import contextlib
 import io
+import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.compare import (
     arguments,
     at_least_1,
     clock_for,
     contest,
-    matmul_rate,
     run_benchmark,
     write,
 )
@@ -67,8 +72,42 @@ def nanolm_updates(config: TrainConfig, engine: Engine, n: int) -> Callable[[], 
     return run
 
 
+class Products(TorchDispatchMode):
+    """Notes each matrix product that is computed within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple, kwargs: Any = None
+    ) -> Any:
+        if function.overloadpacket in (
+            torch.ops.aten.mm,
+            torch.ops.aten.bmm,
+            torch.ops.aten.addmm,
+        ):
+            self.calls.append((function, [arg.detach() for arg in args]))
+        return function(*args, **(kwargs or {}))
+
+
+def bare_products(config: TrainConfig, engine: Engine, n: int) -> Callable[[], None]:
+    """Does the matrix products of n of our updates, attention's by the formula."""
+    narrow = engine.dtype if engine.device_type == "cuda" else "float32"
+    engine = Engine(engine.device, narrow, compile=False)
+    with patch("nanolm.attention.prefer_formula", return_value=True), Products() as products:
+        nanolm_updates(config, engine, 1)()
+
+    def run() -> None:
+        for _ in range(n):
+            for function, args in products.calls:
+                function(*args)
+
+    return run
+
+
 def nanogpt_updates(
-    config: TrainConfig, engine: Engine, n: int, module: ModuleType
+    config: TrainConfig, engine: Engine, n: int, module: ModuleType, compiled: bool = False
 ) -> Callable[[], None]:
     """Does n updates as nanoGPT's train.py does them."""
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
@@ -78,7 +117,7 @@ def nanogpt_updates(
         model = module.GPT(module.GPTConfig(**{key: getattr(config, key) for key in keys}))
         model = model.to(engine.device)
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), kind)
-    forward = torch.compile(model) if gpu else model
+    forward = torch.compile(model) if compiled else model
     context = torch.autocast("cuda", torch.bfloat16) if gpu else contextlib.nullcontext()
     data = batches(config)
 
@@ -101,42 +140,65 @@ def nanogpt_updates(
     return run
 
 
+def makers(config: TrainConfig, auto: Engine, n: int, module: ModuleType) -> dict:
+    """What makes the updates of each contestant, by its name; first ours, as auto has it."""
+
+    def words(dtype: str, compiled: bool) -> str:
+        return f"{dtype} {'compiled' if compiled else 'uncompiled'}"
+
+    engines = [auto]
+    if auto.device_type == "cpu":
+        engines += [replace(auto, dtype="float32"), replace(auto, dtype="float32", compile=False)]
+    found = {
+        f"nanolm {words(e.dtype, e.compile)}": partial(nanolm_updates, config, e, n)
+        for e in dict.fromkeys(engines)
+    }
+    gpu = auto.device_type == "cuda"
+    for compiled in (True,) if gpu else (False, True):
+        name = f"nanoGPT {words('bfloat16' if gpu else 'float32', compiled)}"
+        found[name] = partial(nanogpt_updates, config, auto, n, module, compiled)
+    return found | {"matrix products alone": partial(bare_products, config, auto, n)}
+
+
 def measure(name: str, device: str, module: ModuleType, *, updates: int, repeats: int) -> dict:
-    """One shape: both of them."""
+    """One shape: all of them."""
     vocab_size, dropout = VOCABULARY.get(name, 65), DROPOUT.get(name, 0.0)
     config = TrainConfig(vocab_size=vocab_size, dropout=dropout, beta2=0.99, **SHAPES[name])
     config = replace(config, gradient_accumulation_steps=1)
-    hardware = find_hardware()
-    engine = choose_engine(hardware, device=device, flops=float("inf"))
-    clock, dtype = clock_for(engine.device), getattr(torch, engine.dtype)
-    makers = {
-        "nanolm": lambda: nanolm_updates(config, engine, updates),
-        "nanoGPT": lambda: nanogpt_updates(config, engine, updates, module),
-    }
-    runs, peaks, gpu = {}, {}, engine.device_type == "cuda"
-    for who, make in makers.items():
+    engine = choose_engine(find_hardware(), device=device, flops=float("inf"))
+    clock, gpu = clock_for(engine.device), engine.device_type == "cuda"
+    runs, peaks, firsts = {}, {}, {}
+    for who, make in makers(config, engine, updates, module).items():
         before = torch.cuda.memory_allocated() if gpu else 0
         if gpu:
             torch.cuda.reset_peak_memory_stats()
+        torch._dynamo.reset()
+        start = time.perf_counter()
         runs[who] = make()
-        for _ in range(2):
-            runs[who]()  # compiles, and warms up
+        runs[who]()  # compiles, and warms up
+        firsts[who] = time.perf_counter() - start
+        runs[who]()
         peaks[who] = (torch.cuda.max_memory_allocated() - before) / 1e9 if gpu else None
-    kind = f"{engine.device} {engine.dtype} {'compiled' if engine.compile else 'uncompiled'}"
-    seconds = contest(f"{name}: {updates} updates, {kind}", runs, repeats=repeats, clock=clock)
+    seconds = contest(f"{name}: {updates} updates", runs, repeats=repeats, clock=clock)
     with torch.device("meta"):
-        flops = flops_per_token(GPT(config.model_config()))
-    rate = matmul_rate(engine.device, dtype, clock, 8192 if gpu else 2048)
-    result = {"engine": kind, "matmul GFLOP/s": rate / 1e9}
+        flops = flops_per_token(GPT(config.model_config())) * config.tokens_per_update
+    ours, *_ = seconds
+    theirs = min(median for who, median in seconds.items() if who.startswith("nanoGPT"))
+    result = {"ratio": theirs / seconds[ours]}
+    print(f"    {ours}: {result['ratio']:.2f} x the speed of the faster nanoGPT")
     for who, median in seconds.items():
-        speed = updates * config.tokens_per_update / median
-        part = speed * flops / rate
-        row = {"tokens/s": speed, "share of the matmul rate": part}
+        row = {"tokens/s": updates * config.tokens_per_update / median}
+        row["share of the floor"] = seconds["matrix products alone"] / median
+        row["GFLOP/s"] = flops * updates / median / 1e9
         if gpu:
             row["peak GB"] = peaks[who]
-        print(f"    {who:10} {speed:12,.0f} tokens/s   {part:5.1%} of {rate / 1e9:,.0f} GFLOP/s")
+        eager = seconds.get(who.replace(" compiled", " uncompiled"), median)
+        if eager > median:  # by it, one can draw the rule of choose_compile
+            saved = (eager - median) / updates
+            row["FLOPs that earn compiling back"] = firsts[who] / saved * flops
+        print(f"    {who:30}", ", ".join(f"{key} {value:,.4g}" for key, value in row.items()))
         result[who] = row
-    return result | {"ratio": seconds["nanoGPT"] / seconds["nanolm"]}
+    return result
 
 
 def parser() -> ArgumentParser:
