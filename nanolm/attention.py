@@ -137,13 +137,13 @@ def fast_attention(
     )
 
 
-def prefer_formula(device_type: str, dtype: torch.dtype, T: int, S: int) -> bool:
-    """Whether the formula is the faster of the two: a rule drawn from measurements.
+def prefer_formula(device_type: str, dtype: torch.dtype, S: int, dropout: float) -> bool:
+    """Whether the formula is the faster of the two: a rule drawn from benchmarks/attention.py.
 
-    On a CPU the fused kernel is slow in half precision, and has little to save where the scores
-    are small; everywhere else it wins.
+    On a CPU the fused kernel knows no dropout, and is slow in half precision until the scores no
+    longer fit into the processor's memory; everywhere else it wins.
     """
-    return device_type == "cpu" and (dtype.itemsize == 2 or (S <= 128 and T > 1))
+    return device_type == "cpu" and (dropout > 0 or (dtype.itemsize == 2 and S <= 512))
 
 
 def rotary_angles(positions: Tensor, hs: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -280,7 +280,7 @@ class MultiHeadAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """attention, by the faster way. Shapes as there."""
         dropout = self.dropout if self.training else 0.0
-        formula = prefer_formula(q.device.type, q.dtype, q.shape[2], k.shape[2])
+        formula = prefer_formula(q.device.type, q.dtype, k.shape[2], dropout)
         attend = attention if formula else fast_attention
         if q.shape[1] < self.n_head and dropout:
             attend = partial(attention, heads=(self.first_head, self.n_head))

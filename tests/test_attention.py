@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -184,12 +185,11 @@ def test_a_hidden_key_has_exactly_no_influence(attend, inputs, seed):
 
 
 def test_only_a_cpu_prefers_the_formula():
-    """In float32 for no single query, and not at long contexts, whose scores are many."""
-    for dtype in (torch.float32, torch.bfloat16):
-        assert not prefer_formula("cuda", dtype, 64, 64)
-        assert prefer_formula("cpu", dtype, 64, 64)
-    assert not prefer_formula("cpu", torch.float32, 1, 64)
-    assert not prefer_formula("cpu", torch.float32, 4096, 4096)
+    """For dropout, and in half precision, but not at long contexts, whose scores are many."""
+    for dtype, dropout in product((torch.float32, torch.bfloat16), (0.0, 0.1)):
+        assert not prefer_formula("cuda", dtype, 64, dropout)
+        assert prefer_formula("cpu", dtype, 64, dropout) == (bool(dropout) or dtype.itemsize == 2)
+    assert not prefer_formula("cpu", torch.bfloat16, 4096, 0.0)
 
 
 # Rotary positions

@@ -160,7 +160,7 @@ class Costs:
         self.model = shapes_of(config.model_config())
         self.config, self.layout, self.dtype, self.device = config, layout, dtype, device
         self.width, T = DTYPES[dtype].itemsize, config.block_size
-        formula = prefer_formula(device, DTYPES[dtype], T, T)
+        formula = prefer_formula(device, DTYPES[dtype], T, config.dropout)
         self.fused = not formula and not (config.dropout and layout.tensor > 1)
         self.micro_batches = max(1, config.gradient_accumulation_steps // layout.replicas)
         tokens = config.batch_tokens or config.batch_size * config.block_size
