@@ -69,7 +69,8 @@ def describe_work(run: Run) -> None:
 
 def describe_end(run: Run, seconds: float) -> None:
     """Say what came out, and how to use it."""
-    print(f"done      in {duration(seconds)}")
+    share = run.log.evaluations_took / seconds if run.log else 0.0
+    print(f"done      in {duration(seconds)}, evaluations {share:.0%} of it")
     rows = read_metrics(run.log.path) if run.log else []
     if best := best_evaluation(rows, run.config):
         words = score_words({"validation_loss": best["val_loss"], **scores_of(best)})

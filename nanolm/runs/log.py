@@ -93,7 +93,8 @@ class Log:
         ]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.before = max((row.get("seconds") or 0.0 for row in kept), default=0.0)
-        self.updates, self.tokens, self.seconds, self.evaluation_seconds = 0, 0, 0.0, 0.0
+        self.updates, self.tokens, self.seconds = 0, 0, 0.0
+        self.evaluation_seconds = self.evaluations_took = 0.0  # the last one, and all
 
     def update(
         self, step: int, *, loss: float, lr: float, grad_norm: float, seconds: float, tokens: int
@@ -140,6 +141,7 @@ class Log:
     ) -> None:
         """Note an evaluation, how long it took, and what the model does then (title, text)."""
         self.evaluation_seconds = seconds
+        self.evaluations_took += seconds
         lines, row = [evaluation_line(step, scores)], {"step": step, **scores}
         row["seconds"] = self.before + self.seconds
         if sample:

@@ -236,6 +236,8 @@ def test_the_run_shows_itself(tiny_run, capsys):
     )
     assert out.count("    | ") >= 3  # a sample at each evaluation
     assert "sample from it with: python sample.py --out_dir=out/x" in out
+    share = re.search(r"^done +in .*s, evaluations (\d+)% of it$", out, re.MULTILINE)
+    assert 0 < int(share[1]) < 100
 
 
 def test_a_compiled_first_step_is_announced(tiny_run, capsys, monkeypatch):
