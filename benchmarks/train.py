@@ -148,7 +148,8 @@ def makers(config: TrainConfig, auto: Engine, n: int, module: ModuleType) -> dic
 
     engines = [auto]
     if auto.device_type == "cpu":
-        engines += [replace(auto, dtype="float32"), replace(auto, dtype="float32", compile=False)]
+        engines += [replace(auto, compile=False)]
+        engines += [replace(engine, dtype="float32") for engine in engines]
     found = {
         f"nanolm {words(e.dtype, e.compile)}": partial(nanolm_updates, config, e, n)
         for e in dict.fromkeys(engines)
