@@ -145,8 +145,6 @@ class Run:
             raise NotFinite(f"{error}; {self.way_back()}, {advice}") from None
         except Stopped as stop:
             raise Stopped(stop.number, f"{stop}; {self.way_back()}") from None
-        except BrokenPipeError:  # nobody reads the console any more
-            raise
         except OSError as error:
             raise ValueError(f"{error}; {self.way_back()}") from None
 

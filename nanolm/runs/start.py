@@ -4,9 +4,10 @@ The order matters. All that can be wrong is found before anything is written, an
 the run has found its own part right before one of them goes on.
 """
 
+import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from nanolm.runs.prepare import find_dataset
 from nanolm.runs.processes import all_or_none, broadcast, find_world, joined, own_gpu
 from nanolm.runs.run import Run
 from nanolm.runs.settings import DERIVED_KEYS, HEAD_KEYS, SHAPE_KEYS, TrainConfig, model_config_of
+from nanolm.system.script import Console
 from nanolm.tasks.table import TASKS, make_task
 from nanolm.text.data import Dataset
 from nanolm.text.tokenizer import (
@@ -82,6 +84,9 @@ def start_run(config: TrainConfig) -> None:
     """
     check_layout(config, lay_out(config, find_world()))
     with joined(config.backend) as world, ExitStack() as stack:
+        if sys.stdout:
+            console = Console(sys.stdout, f"the run in {config.out_dir} goes on without")
+            stack.enter_context(redirect_stdout(console))
         world = lay_out(config, world)
         config, dataset = open_data(config, world)
         folder = broadcast(world, lambda: stack.enter_context(taken(config.out_dir)))

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from nanolm.system.config import help_text
 from nanolm.system.signals import Stopped, leaving_at_once
@@ -34,7 +34,7 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
         if sys.stdout:  # it may be closed
             sys.stdout.flush()
     except BrokenPipeError:  # the reader has left, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(complain(error))
@@ -45,7 +45,7 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
         sys.exit(complain(reason))
     except Stopped as stop:
         if is_first():
-            print(f"\n{stop}", file=sys.stderr)
+            say(f"\n{stop}")
         sys.exit(128 + stop.number)
     sys.exit(0)
 
@@ -71,7 +71,46 @@ def complain(error: Exception | str) -> int:
     """
     notes = getattr(error, "__notes__", [])
     if is_first() or notes:
-        print(" ".join(["error:", *str(error).splitlines(), *notes]), file=sys.stderr)
+        say(" ".join(["error:", *str(error).splitlines(), *notes]))
     else:  # torchrun ends all as soon as one has ended, and the first one is still to speak
         time.sleep(1)
     return 2
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, if there is anybody to read it."""
+    try:
+        print(line, file=sys.stderr)
+    except OSError:  # its terminal is closed
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is written to a stream, and what could not be, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Console:
+    """A stream that work outlives: where its reader has left, one line on stderr says so.
+
+    notice: what else that line is to say.
+    """
+
+    def __init__(self, stream: TextIO, notice: str):
+        self.stream, self.notice = stream, notice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self.attempt(self.stream.write, text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action: Callable, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            silence(self.stream)
+            say(f"warning: the output has no reader ({error.strerror}): {self.notice}")

@@ -13,7 +13,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 
 STOP = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; a scheduler that wants the machine back
-SAVE = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # not on Windows
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    STOP += (signal.SIGHUP,)  # a terminal that is closed, a connection that is lost
+SAVE = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 SIGNALS = (*STOP, *SAVE)
 
 
@@ -27,11 +29,15 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def handled_by(handler: Callable[[int, object], None], numbers: Collection[int]) -> Iterator[None]:
-    """Let handler(number, frame) answer these signals while the block runs."""
+    """Let handler(number, frame) answer these signals while the block runs.
+
+    Those that are ignored stay ignored: so nohup asks it.
+    """
     if threading.current_thread() is not threading.main_thread():  # only this one may decide
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
@@ -44,7 +50,8 @@ def leaving_at_once() -> Iterator[None]:
     """Turn the first signal to stop into Stopped, and leave those to save unanswered."""
 
     def leave(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing disturbs the way out
+        for other in STOP[1:]:  # nothing but a second Ctrl-C disturbs the way out
+            signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
     with handled_by(leave, STOP), handled_by(lambda *_: None, SAVE):

@@ -34,11 +34,12 @@ from nanolm.runs import start as run_start
 from nanolm.runs.checkpoint import load, step_files, step_of
 from nanolm.runs.log import read_metrics
 from nanolm.system import signals
-from nanolm.system.script import run_script
+from nanolm.system.script import Console, run_script
 from nanolm.system.signals import STOP, Stopped, collecting, leaving_at_once
 from nanolm.text import data
 
-SIGINT, SIGTERM, SIGUSR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+SIGINT, SIGTERM, SIGHUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+SIGUSR1 = signal.SIGUSR1
 RUN = Path("out", "x")
 FLAGS = [*TINY, "--out_dir=out/x", "--dropout=0.1", "--gradient_accumulation_steps=2"]
 FLAGS += ["--max_iters=8", "--eval_interval=4", "--keep_checkpoints=9"]
@@ -86,6 +87,17 @@ def send(number: int, ranks: tuple[int, ...], moment: str) -> None:
         ranks = ()
     for i in sorted(ranks, key=lambda i: i == rank()):
         os.kill(int(Path(f"pid{i}").read_text()), number)
+
+
+def lose_console(number: int | None, moment: str) -> None:
+    """Close the terminal of this process, and send the signal; without one, close its pipe."""
+    there, here = os.pipe() if number is None else os.openpty()
+    for stream in (1, 2):
+        os.dup2(here, stream)
+    for end_of_it in (here, there):
+        os.close(end_of_it)
+    if number:
+        os.kill(os.getpid(), number)
 
 
 def be_busy_after_ctrl_c(moment: str) -> None:
@@ -283,6 +295,36 @@ def test_where_an_evaluation_is_due_the_answer_comes_first(number, n, tiny_run, 
 
 
 # ------------------------------------------------------------------------------------------
+# Nobody reads any more
+
+
+@pytest.mark.parametrize(("moment", "call"), [("start-up", 1), ("update", 3), ("evaluation", 3)])
+@names(("number", "n"), [(SIGHUP, 1), (None, 1), (None, 2)])
+def test_a_run_outlives_its_console(number, n, moment, call, tiny_run, undisturbed):
+    """SIGHUP stops it as SIGTERM does, though its terminal cannot be written to any more; without
+    its reader, as in `| head`, it goes on. It once ended with all since its last checkpoint lost.
+    """
+    act = partial(lose_console, number)
+    codes = end(*start_ranks(n, train_disturbed, moment, call, act, *AUTO))
+    assert codes == [128 + SIGHUP if number else 0] * n
+    if number:
+        saved = {"start-up": [], "update": [3], "evaluation": [4]}[moment]
+        assert [step_of(path) for path in step_files(RUN)] == saved
+        assert end(*start_ranks(n, run_train, *AUTO)) == [0] * n
+    assert outcome(RUN) == undisturbed(n)
+
+
+def test_a_reader_that_has_left_is_told_of_once(capfd):
+    there, here = os.pipe()
+    os.close(there)
+    with open(here, "w") as stream, contextlib.redirect_stdout(Console(stream, "all is well")):
+        for _ in range(3):
+            print("a line", flush=True)
+    said = "warning: the output has no reader (Broken pipe): all is well\n"
+    assert capfd.readouterr() == ("", said)
+
+
+# ------------------------------------------------------------------------------------------
 # A second Ctrl-C
 
 
@@ -400,6 +442,15 @@ def test_a_second_signal_does_not_disturb_the_way_out(number, came):
     with pytest.raises(Stopped), leaving_at_once():
         work()
     assert tidied
+    assert came == []
+
+
+def test_what_nohup_ignores_stays_ignored(came):
+    signal.signal(SIGHUP, signal.SIG_IGN)
+    for block in BLOCKS:
+        with block():
+            signal.raise_signal(SIGHUP)
+    assert signal.getsignal(SIGHUP) == signal.SIG_IGN
     assert came == []
 
 
