@@ -1,10 +1,13 @@
 """What a run says of itself on the console, before its first update and after its last."""
 
+from collections.abc import Iterator
+
 import torch
 
 from nanolm.model import count_parameters, flops_per_token
 from nanolm.runs.log import best_evaluation, duration, read_metrics, score_words, scores_of
 from nanolm.runs.run import Run
+from nanolm.runs.settings import TrainConfig
 
 # What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
 CPU_FLOPS_PER_THREAD = 2e10
@@ -53,17 +56,33 @@ def describe_work(run: Run) -> None:
     )
     for name, value in run.task.baselines(run.dataset).items():
         print(f"          {name} = {value:.4f}")
-    if config.decay_lr and 0 < config.max_iters <= config.warmup_iters:
-        print(
-            f"warning   the rate never reaches {config.learning_rate:g}: warmup_iters="
-            f"{config.warmup_iters} is as long as the run, or longer"
-        )
+    for oddity in oddities(config) if config.decay_lr and config.max_iters else ():
+        print(f"warning   {oddity}")
     flops = flops_per_token(run.state.model) * config.tokens_per_update * (config.max_iters - step)
     seconds = flops / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
     if run.engine.device_type == "cpu" and seconds > 3600:
         print(
             f"warning   this run takes a CPU like this one about {duration(seconds)}; "
             "config/shakespeare_cpu.py and config/pydocs.py are made for CPUs"
+        )
+
+
+def oddities(config: TrainConfig) -> Iterator[str]:
+    """What nobody may have meant in a learning rate that is to rise and to fall."""
+    if config.max_iters <= config.warmup_iters:
+        yield (
+            f"the rate never reaches {config.learning_rate:g}: warmup_iters="
+            f"{config.warmup_iters} is as long as the run, or longer"
+        )
+    if 2 * config.min_lr > config.learning_rate:
+        yield (
+            f"the rate hardly falls: min_lr={config.min_lr:g} is close to learning_rate="
+            f"{config.learning_rate:g}"
+        )
+    if (config.lr_decay_iters or 0) > config.max_iters:
+        yield (
+            f"the rate ends at {config.rate(config.max_iters):.3g}, above min_lr: lr_decay_iters="
+            f"{config.lr_decay_iters} lies behind max_iters={config.max_iters}"
         )
 
 

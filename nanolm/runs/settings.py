@@ -82,7 +82,8 @@ class TrainConfig(ModelConfig):
             raise ValueError(f"learning_rate={self.learning_rate}: must be above 0, at most 1e30")
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise ValueError(
-                f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}"
+                f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}; give "
+                "both, or --decay_lr=false for a rate that stays"
             )
         require_fraction(self, "beta1 beta2 mask_fraction")
         if self.batch_tokens and self.task != "seq2seq":

@@ -31,11 +31,14 @@ OPERATORS = {
 }
 
 
-def read_config_file(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
+def read_config_file(
+    path: str | Path, known: dict[str, Any], given: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The assignments of a config file: literals, + - * / // on them, and earlier names.
 
-    known: names that count as assigned before its first line. Raises FileNotFoundError, or
-    ValueError with the line that is anything else.
+    known: names that count as assigned before its first line. given: those that keep their value
+    whatever the file assigns, so that what it computes from them follows. Raises
+    FileNotFoundError, or ValueError with the line that is anything else.
     """
     path = Path(path)
     if path.is_dir():
@@ -70,7 +73,7 @@ def read_config_file(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(
                     f"{line!r} is not of the form key = value; a config file is data, no program"
                 )
-            value = value_of(statement.value, {**known, **values})
+            value = value_of(statement.value, {**known, **values, **(given or {})})
             values.update({target.id: value for target in targets})
         except (ValueError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{path}, line {statement.lineno}: {error}") from None
@@ -180,6 +183,7 @@ def load_config(cls: type, arguments: Iterable[str], *, positional: Collection[s
     """
     hints = typing.get_type_hints(cls)
     words, from_line = split_arguments(cls, arguments)
+    from_line = {key: coerce(key, value, hints[key]) for key, value in from_line.items()}
     defaults = {field.name: field.default for field in fields(cls)}
     values = {}
     if len(words) > len(positional) > 0:
@@ -191,7 +195,7 @@ def load_config(cls: type, arguments: Iterable[str], *, positional: Collection[s
         values.update(zip(positional, words, strict=False))
     else:
         for path in words:
-            values.update(read_keys(path, cls, {**defaults, **values}))
+            values.update(read_keys(path, cls, {**defaults, **values}, from_line))
     values.update(from_line)
     for key, default in defaults.items():
         if default is MISSING and key not in values:
@@ -201,12 +205,14 @@ def load_config(cls: type, arguments: Iterable[str], *, positional: Collection[s
     return cls(**{key: coerce(key, value, hints[key]) for key, value in values.items()})
 
 
-def read_keys(path: str, cls: type, known: dict[str, Any]) -> dict[str, Any]:
+def read_keys(
+    path: str, cls: type, known: dict[str, Any], given: dict[str, Any]
+) -> dict[str, Any]:
     """The keys of cls that a config file sets, or that a run's own record (JSON) holds."""
     if path.endswith(".json"):
         recorded = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
         return {key: recorded[key] for key in comments_of(cls) if key in recorded}
-    found = read_config_file(path, known)
+    found = read_config_file(path, known, given)
     for key in found:
         try:
             check_key(key, cls)

@@ -14,6 +14,7 @@ from outcomes import cut, frozen, numbers
 from nanolm import sampling
 from nanolm.precision import choose_engine, find_hardware
 from nanolm.runs.checkpoint import load
+from nanolm.runs.console import oddities
 from nanolm.runs.pictures import draw_losses
 from nanolm.runs.prepare import find_dataset, prepare
 from nanolm.runs.run import Run
@@ -548,3 +549,26 @@ def test_what_fills_up_a_batch_is_not_counted_as_work(tiny_run):
     run = Run(config, Path(), dataset, make_task(config, dataset.tokenizer), None, None, None)
     [batch] = run.micro_batches(3)
     assert run.tokens == batch["mask"].sum() < batch["mask"].size
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"max_iters": 30, "warmup_iters": 40}, ["never reaches 0.0006: warmup_iters=40 "]),
+        ({"min_lr": 6e-4}, ["hardly falls: min_lr=0.0006 "]),
+        ({"max_iters": 3000, "lr_decay_iters": 5000}, ["ends at 0.000465, above min_lr: "]),
+        ({"min_lr": 6e-4, "max_iters": 9}, ["never reaches", "hardly falls"]),
+        ({}, []),
+        ({"lr_decay_iters": 5000, "max_iters": 9000}, []),
+    ],
+)
+def test_a_plan_of_the_rate_that_nobody_may_have_meant_is_named(keys, said):
+    found = list(oddities(TrainConfig(**keys)))
+    assert len(found) == len(said)
+    assert all(words in line for words, line in zip(said, found, strict=True))
+
+
+def test_such_a_plan_is_named_at_the_start_of_a_run(tiny_run, run_main):
+    for keys, n in (["--warmup_iters=9"], 1), (["--warmup_iters=9", "--decay_lr=false"], 0):
+        out = run_main("train", *TINY, "--out_dir=out/x", "--overwrite", *keys)[1]
+        assert out.count("warning   the rate never reaches ") == n

@@ -256,6 +256,28 @@ def test_earlier_names_and_defaults_can_be_used(config_file):
     assert config.min_lr == TrainConfig().learning_rate / 10
 
 
+@pytest.mark.parametrize("name", ["pydocs", "shakespeare"])
+def test_what_a_file_computes_follows_a_flag(name):
+    """--learning_rate=5e-4 once met a min_lr of 5e-4 there, and the rate was the same throughout;
+    5e-5 was refused for a min_lr that nobody had given.
+    """
+    path = str(ROOT / "config" / f"{name}.py")
+    for rate in (5e-4, 5e-5, 1):
+        config = train_config(path, f"--learning_rate={rate}")
+        assert (config.learning_rate, config.min_lr) == (rate, rate / 10)
+    assert train_config(path, "--learning_rate=5e-4", "--min_lr=1e-4").min_lr == 1e-4
+    assert train_config(path).min_lr == train_config(path).learning_rate / 10
+
+
+def test_a_flag_counts_from_the_first_line_of_every_file(workplace):
+    (workplace / "a.py").write_text("n_embd = n_head * 16\nn_head = n_head * 2\n")
+    (workplace / "b.py").write_text("n_head = 3\nn_hidden = n_head * 5\n")
+    config = train_config("a.py", "b.py", "--n_head=7")
+    assert (config.n_head, config.n_embd, config.n_hidden) == (7, 112, 35)
+    with pytest.raises(ValueError, match=r"^n_head='two': must be a whole number"):
+        train_config("a.py", "--n_head=two")
+
+
 REFUSED = """
 n_layer = open('made', 'w')
 n_layer = __import__('os').mkdir('made')
