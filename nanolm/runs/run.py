@@ -141,7 +141,8 @@ class Run:
             with collecting(say=self.world.leads) as self.signals:
                 train(self)
         except NotFinite as error:
-            advice = "with a lower learning_rate or dtype=float32"
+            precise = "" if self.engine.dtype == "float32" else " or dtype=float32"
+            advice = f"with a lower learning_rate{precise}"
             raise NotFinite(f"{error}; {self.way_back()}, {advice}") from None
         except Stopped as stop:
             raise Stopped(stop.number, f"{stop}; {self.way_back()}") from None
