@@ -39,4 +39,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, TrainConfig)
+    run_script(main, __doc__, TrainConfig, several=True)

@@ -140,7 +140,10 @@ def meet(world: World, backend: str) -> None:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the processes cannot meet ({reason}): start them by torchrun") from None
+        raise ValueError(
+            f"the processes cannot meet ({reason}): start them by torchrun; or, if this is to be "
+            "the only one, unset RANK and WORLD_SIZE"
+        ) from None
 
 
 @contextmanager
@@ -157,8 +160,9 @@ def joined(backend: str) -> Iterator[World]:
     try:
         meet(world, backend)
         yield world
-    except (Shared, NotFinite, Stopped):  # of all; who leaves alone would wait here for the others
+    except (Shared, NotFinite, Stopped) as error:  # of all; else this would wait for the others
         part()
+        error.shared = True
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):

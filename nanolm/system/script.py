@@ -11,13 +11,15 @@ from nanolm.system.config import help_text
 from nanolm.system.signals import Stopped, leaving_at_once
 
 
-def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoReturn:
+def run_script(
+    main: Callable[[list[str]], None], usage: str, cls: type, *, several: bool = False
+) -> NoReturn:
     """Run a script's main on the command line's words.
 
     What the user can cause is one line and exit code 2; a signal is one line and 128 + its number.
-    Of several processes that torchrun has started, the first one speaks.
+    several: torchrun may start it as several processes, of which the first one speaks.
     """
-    arguments = sys.argv[1:]
+    arguments, speaks = sys.argv[1:], not several or is_first()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # no run ends because a terminal lacks a character
             stream.reconfigure(errors="backslashreplace")
@@ -25,7 +27,7 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
         with (
             leaving_at_once(),
             open(os.devnull, "w") as nowhere,
-            redirect_stdout(sys.stdout if is_first() else nowhere),
+            redirect_stdout(sys.stdout if speaks else nowhere),
         ):
             if {"-h", "--help"}.intersection(arguments):
                 print(f"{usage.strip()}\n\n{help_text(cls)}")
@@ -37,14 +39,14 @@ def run_script(main: Callable[[list[str]], None], usage: str, cls: type) -> NoRe
         silence(sys.stdout)
         sys.exit(1)
     except (ValueError, OSError) as error:
-        sys.exit(complain(error))
+        sys.exit(complain(error, speaks))
     except (MemoryError, RuntimeError) as error:
         reason = explain(error)
         if reason is None:
             raise
-        sys.exit(complain(reason))
+        sys.exit(complain(reason, speaks))
     except Stopped as stop:
-        if is_first():
+        if speaks:
             say(f"\n{stop}")
         sys.exit(128 + stop.number)
     sys.exit(0)
@@ -64,13 +66,14 @@ def explain(error: Exception) -> str | None:
     return f"out of memory: make the batch or the model smaller ({error})" if out else None
 
 
-def complain(error: Exception | str) -> int:
+def complain(error: Exception | str, speaks: bool) -> int:
     """Print an error as one line on stderr, and return the exit code for it.
 
-    What all processes raise is said by the first; what only one knows of has a note that names it.
+    What all processes raise is said by the first, if there surely is one: torchrun has started it,
+    or it has been met (shared). What only one knows of has a note that names it.
     """
     notes = getattr(error, "__notes__", [])
-    if is_first() or notes:
+    if speaks or notes or not getattr(error, "shared", "TORCHELASTIC_RUN_ID" in os.environ):
         say(" ".join(["error:", *str(error).splitlines(), *notes]))
     else:  # torchrun ends all as soon as one has ended, and the first one is still to speak
         time.sleep(1)
@@ -103,12 +106,14 @@ class Console:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        self.attempt(self.stream.write, text)
+        """Write some text."""
+        self._attempt(self.stream.write, text)
 
     def flush(self) -> None:
-        self.attempt(self.stream.flush)
+        """Let what was written reach the reader."""
+        self._attempt(self.stream.flush)
 
-    def attempt(self, action: Callable, *arguments: str) -> None:
+    def _attempt(self, action: Callable, *arguments: str) -> None:
         try:
             action(*arguments)
         except OSError as error:

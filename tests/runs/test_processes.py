@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from children import end, run_train, start_ranks
+from children import as_torchrun_does, end, run_train, start_ranks
 from conftest import TASKS, TINY
 from outcomes import cut
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
