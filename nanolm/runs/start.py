@@ -39,7 +39,8 @@ from nanolm.runs.run import Run
 from nanolm.runs.settings import DERIVED_KEYS, HEAD_KEYS, SHAPE_KEYS, TrainConfig, model_config_of
 from nanolm.system.script import Console
 from nanolm.tasks.table import TASKS, make_task
-from nanolm.text.data import Dataset
+from nanolm.text.data import Dataset, datasets
+from nanolm.text.known import KNOWN_DATASETS
 from nanolm.text.tokenizer import (
     TOKENIZER_FILE,
     Tokenizer,
@@ -125,6 +126,7 @@ def open_data(config: TrainConfig, world: World) -> tuple[TrainConfig, Dataset]:
     Raises ValueError or FileNotFoundError where there is none, or none that fits.
     """
     config = broadcast(world, lambda: config)  # that of process 0 counts for all
+    broadcast(world, lambda: check_dataset_named(config))
     broadcast(world, lambda: find_dataset(config.dataset).meta)  # the others wait for its files
     with all_or_none(world):
         config, dataset = fit_to_task(config, find_dataset(config.dataset))
@@ -137,6 +139,16 @@ def open_data(config: TrainConfig, world: World) -> tuple[TrainConfig, Dataset]:
                 "copy the folder from there"
             )
     return config, dataset
+
+
+def check_dataset_named(config: TrainConfig) -> None:
+    """Raise ValueError where no dataset is named, and there is none by the usual name."""
+    known = [*dict.fromkeys((*datasets(), *KNOWN_DATASETS))]
+    if config.dataset == TrainConfig.dataset and config.dataset not in known:
+        raise ValueError(
+            f"the key dataset is missing, or {config.dataset!r}, which is not prepared: choose "
+            f"one with --dataset=NAME, of {', '.join(known)}"
+        )
 
 
 def fit_to_task(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dataset]:

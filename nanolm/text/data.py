@@ -72,6 +72,11 @@ def dataset_folder(name: str) -> Path:
     return DATA_DIR / name
 
 
+def datasets() -> list[str]:
+    """The names of the datasets that are prepared."""
+    return sorted(path.parent.name for path in DATA_DIR.glob(f"*/{SEAL}"))
+
+
 def write_dataset(
     folder: Path,
     corpus: Corpus,
@@ -199,7 +204,10 @@ def open_dataset(name: str) -> Dataset:
     """
     folder = dataset_folder(name)
     if not (folder / SEAL).exists():
-        raise FileNotFoundError(f"no dataset in {folder}: make it with {prepare_command(name)}")
+        there = f"; there are {', '.join(datasets())}" if datasets() else ""
+        raise FileNotFoundError(
+            f"no dataset in {folder}: make it with {prepare_command(name)}{there}"
+        )
     meta = read_meta(folder)
     dtype = np.dtype(meta["dtype"])
     for split in SPLITS:

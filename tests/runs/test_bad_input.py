@@ -237,7 +237,8 @@ ROWS = [
     row("other tokens", change(TOKENS, capitals), ("prepare", "tiny", "--check"), TOKENS, AGAIN),
     row("name taken", write("data/new", b"a file"), prepare_text("--input", "text.txt"), "new"),
     # opening a dataset
-    row("no dataset", nothing, train("--dataset=no"), "data/no", "prepare.py no --input PATH"),
+    row("no dataset", nothing, train("--dataset=no"), "data/no", "prepare.py no --input", "tiny"),
+    row("unnamed", nothing, train("--dataset=openwebtext"), "key dataset", "tiny", "pydocs"),
     row("dataset ../x", nothing, train("--dataset=../x"), "'../x'", "letters"),
     row("dataset a/b", nothing, train("--dataset=a/b"), "'a/b'", "letters"),
     row("long block", nothing, train("--block_size=99999"), "block_size=99999", "smaller"),
