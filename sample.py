@@ -19,16 +19,16 @@ from nanolm.layers import require_at_least
 from nanolm.precision import Engine, Hardware, choose_device, choose_engine, find_hardware
 from nanolm.runs.chat import Chat, talk
 from nanolm.runs.folder import newest_run
-from nanolm.runs.load import load_model
+from nanolm.runs.load import Trained, load_model
 from nanolm.sampling import check_generation_options, until
 from nanolm.system.config import load_config
 from nanolm.system.files import write_text
 from nanolm.system.script import run_script
 from nanolm.system.workers import progress
 from nanolm.tasks.answering import AnsweringTask
-from nanolm.tasks.causal import CausalTask
+from nanolm.tasks.causal import CausalTask, encode_prompt
 from nanolm.tasks.labelled import LabelledTask
-from nanolm.tasks.masked import MaskedTask
+from nanolm.tasks.masked import MaskedTask, framed_text
 from nanolm.text.documents import read_text, text_or_file
 
 
@@ -51,7 +51,7 @@ class SampleConfig:
     top_k: int | None = 200  # only the k most likely tokens; 0: all
     top_p: float | None = None  # only the likeliest tokens that together reach p
     stop: str | None = None  # end a text before this string
-    seed: int = 1337  # of the drawing; another batch_size draws other texts
+    seed: int = 1337  # of the drawing; another num_samples or batch_size draws other texts
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     compile: bool | str = "auto"  # auto (on a GPU, for many tokens) | True | False
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> None:
     name = (config.out_dir or newest_run()) if resume else config.init_from
     if resume and not Path(name).is_dir():
         raise FileNotFoundError(f"out_dir={name!r}: there is no such folder")
-    model, tokenizer, origin, task = load_model(name)
+    model, tokenizer, origin, task = trained = load_model(name)
     if not (task.continues or config.start or config.input or config.chat):
         raise ValueError(f"{name} answers texts: give one, as{task.asks}")
     if config.num_beams > 1 and not isinstance(task, AnsweringTask):
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> None:
     model = model.to(engine.device)
     if engine.compile:
         model.compile(dynamic=True)
-    tokenizer.encode(prompt, allowed_special="all")  # wrong characters show before the first line
+    warn_of_cut(prompt, trained)  # and wrong characters show before the first line
     print(f"sampling from {origin}, {engine.device} {engine.dtype}", file=sys.stderr)
     options = {key: getattr(config, key) for key in OPTIONS}
     if config.temperature is None:
@@ -136,9 +136,19 @@ def main(arguments: list[str]) -> None:
         if config.chat:
             talk(Chat(model, tokenizer, options))
         elif config.input:
-            answer_lines(partial(task.answer, model, tokenizer, **options), config)
+            answer_lines(partial(task.answer, model, tokenizer, **options), trained, config)
         else:
             write_texts(partial(task.answer, model, tokenizer, **options), task, prompt, config)
+
+
+def warn_of_cut(text: str, trained: Trained, place: str = "the prompt") -> None:
+    """Say on stderr where a model sees only a part of a text. place: where the text stands."""
+    tokenizer, task, size = trained.tokenizer, trained.task, trained.model.config.block_size
+    labelled = isinstance(task, LabelledTask)
+    n = len((framed_text if labelled else encode_prompt)(tokenizer, text))
+    if n > size and (labelled or task.continues):  # others refuse such a text
+        seen = f"the {'first' if labelled else 'last'} {size} (block_size)"
+        print(f"warning: {place} has {n} tokens: the model sees {seen}", file=sys.stderr)
 
 
 def write_texts(
@@ -157,13 +167,16 @@ def write_texts(
             print("\n---------------")
 
 
-def answer_lines(answer: Callable[..., list[Iterator[str]]], config: SampleConfig) -> None:
+def answer_lines(
+    answer: Callable[..., list[Iterator[str]]], trained: Trained, config: SampleConfig
+) -> None:
     """Write an answer, on one line, to each line of a file; whole or not at all."""
     path = Path(config.input)
     lines = read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")  # nowhere else
     answers = []
     for number, line in enumerate(progress(iterable=lines, desc="answers", unit="line"), start=1):
         try:
+            warn_of_cut(line, trained, f"{path}, line {number}")
             [pieces] = answer(line, n=1) if line.strip() else [""]
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None

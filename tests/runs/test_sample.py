@@ -4,7 +4,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from conftest import TINY
+from conftest import TASKS, TINY
 
 import sample
 from nanolm.precision import Hardware
@@ -58,3 +58,28 @@ def test_a_compiled_model_writes_the_same_texts(storyteller, run_main):
     eager = run_main("sample", *flags)
     assert run_main("sample", *flags, "--compile=true") == eager
     assert eager[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "start", "said"),
+    [
+        ("causal", "0 little", ""),
+        ("causal", "0 little wolves", "the prompt has 15 tokens: the model sees the last 8 "),
+        ("classification", "0 and 1", ""),
+        ("classification", "0 and 1 wolves", "sees the first 8 (block_size)"),
+    ],
+)
+def test_a_text_that_the_model_sees_only_a_part_of_is_named_once(
+    task, start, said, tiny_run, run_main, monkeypatch
+):
+    monkeypatch.setattr("nanolm.runs.pictures.draw_losses", lambda *_, **__: False)
+    monkeypatch.setattr("nanolm.runs.pictures.draw_confusion", lambda *_, **__: False)
+    keys = TASKS.get(task, [])
+    assert run_main("train", *TINY, *keys, "--out_dir=out/x", "--block_size=8")[0] == 0
+    flags = ("--out_dir=out/x", "--max_new_tokens=2", "--batch_size=1", "--num_samples=2")
+    Path("lines.txt").write_text(f"0\n{start}\n0\n")
+    for word in f"--start={start}", "--input=lines.txt":
+        code, _, err = run_main("sample", *flags, word)
+        place = "lines.txt, line 2" if "input" in word else "the prompt"
+        assert (code, err.count("warning: ")) == (0, bool(said))
+        assert said.replace("the prompt", place) in err
