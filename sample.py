@@ -36,10 +36,12 @@ from nanolm.text.documents import read_text, text_or_file
 class SampleConfig:
     """The keys of sample.py. Names and defaults are nanoGPT's where it has them."""
 
+    texts = ("start", "stop")
+
     init_from: str = "resume"  # resume (the run in out_dir) | gpt2 | FOLDER | OWNER/NAME
     out_dir: str | None = None  # the run; None: the one in out/ that was trained last
-    start: str | None = None  # the prompt, or FILE:prompt.txt; None: a decoder of texts begins
-    input: str | None = None  # a file with a prompt in each line, for texts that are answered
+    start: str | None = None  # the prompt, or FILE:prompt.txt; '\n': a line end; None: a new text
+    input: str | None = None  # a file of texts that are answered, a line each
     output: str | None = None  # the file for their answers, a line each; None: the console
     chat: bool = False  # talk with the model in the terminal
     num_samples: int | None = None  # how many texts; None: 10 that begin alike, or one answer
@@ -50,7 +52,7 @@ class SampleConfig:
     length_penalty: float = 1.0  # of beams: above 0, longer ones are welcome
     top_k: int | None = 200  # only the k most likely tokens; 0: all
     top_p: float | None = None  # only the likeliest tokens that together reach p
-    stop: str | None = None  # end a text before this string
+    stop: str | None = None  # end a text before this string; '\n': a line end
     seed: int = 1337  # of the drawing; another num_samples or batch_size draws other texts
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16

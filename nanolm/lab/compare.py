@@ -180,7 +180,7 @@ def print_all() -> None:
 def main(arguments: list[str]) -> None:
     """Compare the runs that are named; list those in out/ where none is."""
     words, keys = split_arguments(CompareConfig, arguments)
-    folder = Path(CompareConfig(**keys).folder)
+    folder = Path(CompareConfig(**keys).folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"folder={str(folder)!r} is no folder: make it, or name another")
     if not words:

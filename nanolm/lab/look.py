@@ -48,6 +48,8 @@ MAPS = 1_000_000  # weights in all maps of a kind: where there are more, they ar
 class LookConfig:
     """The keys of the command."""
 
+    texts = ("text", "answer")
+
     init_from: str = "resume"  # resume (the run in out_dir) | gpt2 | FOLDER | OWNER/NAME
     out_dir: str | None = None  # the run; None: the one in out/ that was trained last
     text: str | None = None  # what the model reads, or FILE:text.txt

@@ -145,7 +145,7 @@ def save(chat: Chat, path: str) -> None:
         print("nothing was said" if path else "/save FILE: name a file")
         return
     try:
-        chat.save(Path(path))
+        chat.save(Path(path).expanduser())
         print(f"saved in {path}")
     except OSError as error:
         print(f"not saved in {path}: {error.strerror}")

@@ -8,6 +8,7 @@ from nanolm.model import count_parameters, flops_per_token
 from nanolm.runs.log import best_evaluation, duration, read_metrics, score_words, scores_of
 from nanolm.runs.run import Run
 from nanolm.runs.settings import TrainConfig
+from nanolm.system.config import quoted
 
 # What training reaches on a core of an ordinary CPU, in float32: for a first estimate of its time.
 CPU_FLOPS_PER_THREAD = 2e10
@@ -94,5 +95,5 @@ def describe_end(run: Run, seconds: float) -> None:
     if best := best_evaluation(rows, run.config):
         words = score_words({"validation_loss": best["val_loss"], **scores_of(best)})
         print(f"best      step {best['step']}: {', '.join(words)}")
-    command = f"python sample.py --out_dir={run.folder}{run.task.asks}"
+    command = f"python sample.py --out_dir={quoted(run.folder)}{run.task.asks}"
     print(f"          {'sample from it' if run.task.continues else 'try it'} with: {command}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from nanolm.hub.models import CONFIG
 from nanolm.runs import checkpoint
 from nanolm.runs.settings import TrainConfig
+from nanolm.system.config import quoted
 from nanolm.system.files import lock, made_folder, remove_temporaries, write_text
 from nanolm.text.data import SEAL
 from nanolm.text.tokenizer import TOKENIZER_FILE
@@ -80,7 +81,7 @@ def holds_a_run(folder: Path) -> bool:
 
 def resuming(folder: Path) -> str:
     """The command that continues the run in the folder."""
-    return f"train.py --out_dir={folder} --init_from=resume"
+    return f"python train.py --out_dir={quoted(folder)} --init_from=resume"
 
 
 def check_replaceable(config: TrainConfig, folder: Path, source: str | None) -> None:

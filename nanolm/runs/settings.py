@@ -49,8 +49,8 @@ class TrainConfig(ModelConfig):
     seed: int = 1337  # of weights, data order and dropout
     # optimizer
     optimizer: str = "adamw"  # what turns gradients into steps
-    learning_rate: float = 6e-4  # at its peak
-    max_iters: int = 600000  # updates
+    learning_rate: float = 6e-4  # lr, at its peak
+    max_iters: int = 600000  # updates: there are no epochs to count
     weight_decay: float = 1e-1  # of matrices
     beta1: float = 0.9  # decay of the running mean of gradients: the momentum
     beta2: float = 0.95  # decay of the running mean of their squares

@@ -37,6 +37,7 @@ from nanolm.runs.prepare import find_dataset
 from nanolm.runs.processes import all_or_none, broadcast, find_world, joined, own_gpu
 from nanolm.runs.run import Run
 from nanolm.runs.settings import DERIVED_KEYS, HEAD_KEYS, SHAPE_KEYS, TrainConfig, model_config_of
+from nanolm.system.config import quoted
 from nanolm.system.script import Console
 from nanolm.tasks.table import TASKS, make_task
 from nanolm.text.data import Dataset, datasets
@@ -287,7 +288,8 @@ def check_tokenizer(tokenizer: Tokenizer, dataset: Dataset, name: str | Path) ->
     if not (extends(tokenizer, dataset.tokenizer) or extends(dataset.tokenizer, tokenizer)):
         raise ValueError(
             f"{name} was trained with another tokenizer than that of {dataset.folder}: choose the "
-            f"--dataset it knows, or prepare the text for it: prepare.py NAME --tokenizer={name}"
+            "--dataset it knows, or prepare the text for it: python prepare.py NAME "
+            f"--tokenizer={quoted(name)}"
         )
 
 

@@ -11,7 +11,9 @@ import difflib
 import inspect
 import json
 import operator
+import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -43,8 +45,8 @@ def read_config_file(
     path = Path(path)
     if path.is_dir():
         raise FileNotFoundError(
-            f"{path} is a folder, and no config file: give that of a run with --out_dir={path}, "
-            f"that of a model with --init_from={path}"
+            f"{path} is a folder, and no config file: give that of a run with "
+            f"--out_dir={quoted(path)}, that of a model with --init_from={quoted(path)}"
         )
     if not path.is_file():
         there = ", ".join(sorted(str(p) for p in Path("config").glob("*.py")))
@@ -52,7 +54,7 @@ def read_config_file(
         raise FileNotFoundError(
             f"no config file {path}"
             + (f"; there are {there}" if there else "")
-            + (f"; a dataset is chosen by --dataset={path}" if by_dataset else "")
+            + (f"; a dataset is chosen by --dataset={quoted(path)}" if by_dataset else "")
         )
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"))
@@ -135,7 +137,7 @@ def from_text(text: str, hint: Any) -> Any:
     choices = typing.get_args(hint) or (hint,)
     if bool in choices and text.lower() in SWITCH:
         return SWITCH[text.lower()]
-    if types.NoneType in choices and text.lower() == "none":
+    if types.NoneType in choices and (text if str in choices else text.title()) == "None":
         return None
     for kind in (int, float):
         if kind in choices or (kind is float and int in choices):
@@ -144,6 +146,31 @@ def from_text(text: str, hint: Any) -> Any:
             except ValueError:
                 continue
     return text
+
+
+def meant(value: Any, *, verbatim: bool) -> Any:
+    """What a word stands for: ~ for the home folder.
+
+    One that is verbatim stands for itself; but \\n and \\t, where it has nothing else, for the end
+    of a line and a tab, which are hard to type.
+    """
+    if isinstance(value, tuple):
+        return tuple(meant(part, verbatim=verbatim) for part in value)
+    if not isinstance(value, str):
+        return value
+    if not verbatim:
+        return os.path.expanduser(value)
+    escapes = re.fullmatch(r"(\\[nt])+", value)
+    return value.replace(r"\n", "\n").replace(r"\t", "\t") if escapes else value
+
+
+def quoted(word: object) -> str:
+    """A word as one can paste it into a shell, whatever bytes are in it."""
+    text = str(word)
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = (chr(b) if chr(b).isalnum() and b < 128 else f"\\{b:03o}" for b in os.fsencode(text))
+    return f"$'{''.join(plain)}'"
 
 
 def coerce(key: str, value: Any, hint: Any) -> Any:
@@ -202,6 +229,8 @@ def load_config(cls: type, arguments: Iterable[str], *, positional: Collection[s
             raise ValueError(
                 f"{key.upper()} is missing: it comes first, before any --key; see --help"
             )
+    texts = getattr(cls, "texts", ())  # keys whose values are no paths and no names
+    values = {key: meant(value, verbatim=key in texts) for key, value in values.items()}
     return cls(**{key: coerce(key, value, hints[key]) for key, value in values.items()})
 
 

@@ -130,7 +130,7 @@ def text_or_file(key: str, value: str) -> str:
     """
     text = value
     if value.startswith("FILE:"):
-        path = Path(value.removeprefix("FILE:"))
+        path = Path(value.removeprefix("FILE:")).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{key}={value!r}: there is no such file")
         text = read_text(path)

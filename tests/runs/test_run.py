@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -572,3 +573,16 @@ def test_such_a_plan_is_named_at_the_start_of_a_run(tiny_run, run_main):
     for keys, n in (["--warmup_iters=9"], 1), (["--warmup_iters=9", "--decay_lr=false"], 0):
         out = run_main("train", *TINY, "--out_dir=out/x", "--overwrite", *keys)[1]
         assert out.count("warning   the rate never reaches ") == n
+
+
+def test_commands_that_are_printed_can_be_pasted(tiny_run, run_main):
+    """They once named out_dir as it is, with its blanks."""
+    words = ("train", *TINY, "--out_dir=out/it's a run")
+    _, out, _ = run_main(*words)
+    _, _, err = run_main(*words)
+    pasted = re.search(r"sample from it with: python (.*)", out)[1], "--max_new_tokens=2"
+    code, _, said = run_main("sample", *shlex.split(" ".join(pasted))[1:])
+    assert (code, "sampling from out/it's a run, step 4" in said) == (0, True)
+    resuming = re.search(r"continue the run with python (.*), or replace", err)[1]
+    code, out, _ = run_main("train", *shlex.split(resuming)[1:])
+    assert (code, "out/it's a run is finished" in out) == (0, True)

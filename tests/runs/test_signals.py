@@ -164,7 +164,7 @@ def said_by(n: int) -> str:
 def goodbye(number: int, step: int) -> str:
     """The line with which a run leaves that has a checkpoint."""
     path = RUN / f"step_{step:08d}.pt"
-    way = "continue with train.py --out_dir=out/x --init_from=resume"
+    way = "continue with python train.py --out_dir=out/x --init_from=resume"
     return f"\nstopped by {number.name}; the last checkpoint is {path}: {way}\n"
 
 

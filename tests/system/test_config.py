@@ -4,7 +4,9 @@ import ast
 import dataclasses
 import json
 import math
+import os
 import re
+import subprocess
 
 import pytest
 from conftest import ROOT
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from nanolm.layers import MLPS
 from nanolm.runs.settings import TrainConfig
-from nanolm.system.config import coerce, help_text, load_config, read_config_file
+from nanolm.system.config import coerce, help_text, load_config, quoted, read_config_file
 
 
 def train_config(*arguments: str) -> TrainConfig:
@@ -113,6 +115,45 @@ def test_words_of_the_wrong_type_are_refused(word, said):
         train_config(word)
 
 
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        (r"\n", "\n"),
+        (r"\n\n\t", "\n\n\t"),
+        (r"\nabla", r"\nabla"),  # as in LaTeX and in code
+        (r"a\n", r"a\n"),
+        ("~/a", "~/a"),
+        ("none", "none"),
+        ("None", None),
+    ],
+)
+def test_a_prompt_stands_for_itself_but_for_what_cannot_be_typed(word, value):
+    """--stop='\\n' once looked for a backslash, and --start=none was no prompt."""
+    config = load_config(class_of("sample"), [f"--start={word}", f"--stop={word}"])
+    assert (config.start, config.stop) == (value, value)
+
+
+def test_a_tilde_is_the_home_folder(config_file, monkeypatch):
+    """The shell leaves --out_dir=~/x as it is; a folder of the name ~ was made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert train_config("--out_dir=~/x").out_dir == "/home/me/x"
+    assert train_config(config_file("out_dir = '~/x'")).out_dir == "/home/me/x"
+    words = ["new", "--input", "~/a", "b~", "--tokenizer=~"]
+    config = load_config(class_of("prepare"), words, positional=("name",))
+    assert (config.input, config.tokenizer) == (("/home/me/a", "b~"), "/home/me")
+
+
+@given(st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"])) | st.binary())
+@example(b"a \xff'\n7")
+@example("")
+@settings(max_examples=30)
+def test_a_quoted_word_is_one_word_of_the_shell(word):
+    name = word if isinstance(word, str) else os.fsdecode(word.replace(b"\0", b""))
+    script = f"printf %s {quoted(name)}".encode()  # what can be printed, and so copied
+    said = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout
+    assert said == os.fsencode(name)
+
+
 def test_a_key_is_not_the_value_of_the_key_before_it():
     with pytest.raises(ValueError, match="argument --out_dir: expected one argument"):
         train_config("--out_dir", "--overwrite")
@@ -129,13 +170,20 @@ def test_an_unknown_key_is_answered_with_the_nearest(key, near, config_file):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
-    [("--prompt=x", "start"), ("--lr=1", "see --help"), ("--config=a.py", "without a key")],
+    ("script", "word", "said"),
+    [
+        ("sample", "--prompt=x", "did you mean start?"),
+        ("sample", "--lr=1", "see --help"),
+        ("sample", "--config=a.py", "without a key"),
+        ("train", "--lr=1", "did you mean learning_rate?"),
+        ("train", "--epochs=3", "did you mean max_iters?"),
+    ],
 )
-def test_a_key_of_another_name_is_found_by_what_it_says(word, said):
+def test_a_key_of_another_name_is_found_by_what_it_says(script, word, said):
     """Who comes from elsewhere writes --prompt."""
-    with pytest.raises(ValueError, match=f"unknown key '{word[2:].split('=')[0]}': .*{said}"):
-        load_config(class_of("sample"), [word])
+    match = f"unknown key '{word[2:].split('=')[0]}': .*{re.escape(said)}"
+    with pytest.raises(ValueError, match=match):
+        load_config(class_of(script), [word])
 
 
 def test_a_dataset_in_the_place_of_a_config_file_is_told_its_key():
@@ -517,7 +565,7 @@ def test_the_config_files_of_this_project_are_sound(path):
 # ------------------------------------------------------------------------------------------
 # Round trip
 
-texts = st.text(st.characters(codec="utf-8"), max_size=20)
+texts = st.text(st.characters(codec="utf-8"), max_size=20).filter(lambda text: text[:1] != "~")
 positive = st.integers(1, 10**9)
 values = st.fixed_dictionaries(
     {},
@@ -560,7 +608,7 @@ def test_help_has_a_line_for_every_key(script, run_main):
     code, out, err = run_main(script, "--help")
     assert (code, err) == (0, "")
     assert out.startswith((ROOT / f"{script}.py").read_text(encoding="utf-8")[3:30])
-    cls = {"train": TrainConfig}.get(script) or class_of(script)
+    cls = class_of(script)
     for field in dataclasses.fields(cls):
         needed = field.default is dataclasses.MISSING
         name = field.name.upper() if needed else f"--{field.name}"
@@ -579,7 +627,8 @@ def class_of(script):
     import prepare
     import sample
 
-    return {"sample": sample.SampleConfig, "prepare": prepare.PrepareConfig}[script]
+    classes = {"sample": sample.SampleConfig, "prepare": prepare.PrepareConfig}
+    return {**classes, "train": TrainConfig}[script]
 
 
 def test_help_lists_the_choices_from_the_tables_that_the_code_uses(monkeypatch):
