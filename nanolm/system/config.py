@@ -273,8 +273,8 @@ def split_arguments(cls: type, arguments: Iterable[str]) -> tuple[list[str], dic
         parser.add_argument(f"--{field.name}", **how)
     found, words = parser.parse_known_args(list(arguments))
     for word in words:
-        if word.startswith("--"):
-            check_key(word[2:].partition("=")[0], cls)
+        if word.startswith("-"):
+            check_key(word.lstrip("-").partition("=")[0], cls)
     lists = {key: tuple(value) for key, value in vars(found).items() if isinstance(value, list)}
     return words, vars(found) | lists
 

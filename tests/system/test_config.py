@@ -176,12 +176,13 @@ def test_an_unknown_key_is_answered_with_the_nearest(key, near, config_file):
         ("sample", "--lr=1", "see --help"),
         ("sample", "--config=a.py", "without a key"),
         ("train", "--lr=1", "did you mean learning_rate?"),
+        ("train", "-lr=1", "did you mean learning_rate?"),
         ("train", "--epochs=3", "did you mean max_iters?"),
     ],
 )
 def test_a_key_of_another_name_is_found_by_what_it_says(script, word, said):
     """Who comes from elsewhere writes --prompt."""
-    match = f"unknown key '{word[2:].split('=')[0]}': .*{re.escape(said)}"
+    match = f"unknown key '{word.lstrip('-').split('=')[0]}': .*{re.escape(said)}"
     with pytest.raises(ValueError, match=match):
         load_config(class_of(script), [word])
 
