@@ -174,12 +174,14 @@ class Linear(nn.Linear):
     few = 8  # so many vectors count as few
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, C) -> (B, T, out)."""
         n = x.shape[:-1].numel()
-        training, narrow = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
-        if n > self.few or x.device.type != "cpu" or training or narrow:
+        if n > self.few or x.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(x)
+        if torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         # As long as it takes to read W: as columns, and two at least, MKL reads it faster.
-        rows = x.reshape(n, self.in_features)
+        rows = x.reshape(n, x.shape[-1])
         rows = rows if n > 1 else torch.cat((rows, rows))
         y = self.weight.mm(rows.t())[:, :n].t().contiguous().view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias

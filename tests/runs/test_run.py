@@ -244,7 +244,7 @@ def test_the_run_shows_itself(tiny_run, capsys):
 
 def test_a_compiled_first_step_is_announced(tiny_run, capsys, monkeypatch):
     monkeypatch.setattr("nanolm.precision.COMPILE_FROM_FLOPS", {"float32": 0.0})
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     monkeypatch.setattr("nanolm.precision.shutil.which", lambda name: name)
     train("--compile=auto")
     out = capsys.readouterr().out
