@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from nanolm.runs.prepare import TOKENIZER_BYTES, prepare
 from nanolm.system.config import load_config
 from nanolm.system.script import run_script
+from nanolm.text.bpe_tokenizer import END_OF_TEXT
 from nanolm.text.data import check_dataset, open_dataset
 
 
@@ -27,6 +28,7 @@ class PrepareConfig:
     label_key: str = "label"  # what holds the label of a text
     pair_keys: tuple[str, ...] = ()  # what a row calls a prompt and its answer, if unusual
     text_key: str = "text"  # what holds the document in a line of .jsonl, or a row of hf:NAME
+    separator: str | None = END_OF_TEXT  # what stands between documents; none: nothing
     tokenizer: str | None = None  # char | bpe:N | gpt2 | PATH | OWNER/NAME; None: char or bpe:2048
     tokenizer_bytes: int = TOKENIZER_BYTES  # bpe:N learns from so much text, at most
     val_fraction: float = 0.1  # share of the text, at its end, that is kept for validation
@@ -45,6 +47,7 @@ def main(arguments: list[str]) -> None:
             task=config.task,
             val_inputs=config.val_input,
             text_key=config.text_key,
+            separator=config.separator,
             label_key=config.label_key,
             pair_keys=config.pair_keys,
             tokenizer=config.tokenizer,
@@ -54,6 +57,9 @@ def main(arguments: list[str]) -> None:
         )
         meta = open_dataset(config.name).meta
     print(f"data/{config.name}: {meta['source']}")
+    if read := meta.get("read"):
+        words = [f"{n:,} {kind if n > 1 else kind[:-1]}" for kind, n in read.items() if n]
+        print(f"read     : {', '.join(words)}")
     print(f"tokenizer: {meta['tokenizer']}, {meta['vocab_size']:,} ids")
     for split in ("train", "val"):
         tokens, size = meta[split]["tokens"], meta[split]["bytes"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nanolm.hub.names import is_hub_name
 from nanolm.hub.tokenizers import find_tokenizer
+from nanolm.text.bpe_tokenizer import END_OF_TEXT
 from nanolm.text.conversations import check_alike, read_exchanges
 from nanolm.text.corpus import Corpus, find_corpus
 from nanolm.text.data import (
@@ -42,6 +43,7 @@ def prepare(
     inputs: tuple[str, ...] = (),
     val_inputs: tuple[str, ...] = (),
     text_key: str = "text",
+    separator: str | None = END_OF_TEXT,
     label_key: str = "label",
     pair_keys: tuple[str, ...] = (),
     tokenizer: str | None = None,
@@ -66,8 +68,9 @@ def prepare(
     check_spec(spec)
     check_inputs(name, (*inputs, *val_inputs))
     if task == TASK:
-        corpus = known.texts(folder) if known else find_corpus(inputs, text_key=text_key)
-        keys, write = {"text_key": text_key}, partial(write_dataset, val_fraction=val_fraction)
+        keys = {"text_key": text_key, "separator": separator}
+        corpus = known.texts(folder) if known else find_corpus(inputs, **keys)
+        write = partial(write_dataset, val_fraction=val_fraction)
     else:
         if task == "completion":
             read = partial(read_exchanges, keys=pair_keys)

@@ -12,7 +12,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count, islice
 from pathlib import Path
 
 from nanolm.system.workers import progress
@@ -20,9 +20,8 @@ from nanolm.text.documents import (
     GZIP,
     JSON_LINES,
     Part,
-    cut_document,
+    cut_documents,
     decode_blocks,
-    documents,
     json_lines,
     kind_of,
     opened,
@@ -42,17 +41,18 @@ class Corpus:
     parts: Callable[[], Iterable[Part]]
     size: int | None = None  # about how many bytes they are, where that is known
     notes: tuple[str, ...] = ()  # lines for a person: what was found in a folder, and what is left
+    n_files: int = 0  # that are read
 
     def read(self, label: str, *, limit: float = math.inf) -> Iterator[Part]:
         """The parts, up to limit bytes of text. On a terminal, long work shows a bar."""
         total, seen = (None if self.size is None else min(self.size, limit)), 0
         with progress(total=total, desc=label, unit="B", unit_scale=True) as bar:
-            for text, last in self.parts():
-                data = text.encode()
+            for part in self.parts():
+                data = part.text.encode()
                 if seen + len(data) > limit:
                     yield Part(data[: limit - seen].decode(errors="ignore"), True)
                     return
-                yield Part(text, last)
+                yield part
                 seen += len(data)
                 bar.update(len(data))
 
@@ -61,44 +61,51 @@ class Corpus:
         return (part.text for part in self.read(label, limit=limit))
 
 
-def find_corpus(inputs: Iterable[str], *, text_key: str = "text") -> Corpus:
+def find_corpus(
+    inputs: Iterable[str], *, text_key: str = "text", separator: str | None = None
+) -> Corpus:
     """The documents of all inputs, in the order given.
 
     An input is a UTF-8 file, one document; a file of JSON lines (named .jsonl), each an object
     whose text_key holds a document; either of them packed (.gz); a folder, for the files in and
     below it that end in one of TEXT_SUFFIXES, sorted, without hidden ones; "-" for standard input,
     one document; or "hf:NAME[:CONFIG[:SPLIT]]" for a dataset of the Hugging Face hub, or in a
-    folder of its format.
+    folder of its format. separator: what stands between documents in any of them.
     Raises FileNotFoundError or ValueError for a file or folder that is not there
     and, on reading, for a dataset that is not and for what is no text.
     """
-    corpora = [find_input(name, text_key) for name in inputs]
+    corpora = [find_input(name, text_key, separator) for name in inputs]
     sizes = [corpus.size for corpus in corpora]
     return Corpus(
         ", ".join(corpus.source for corpus in corpora),
         lambda: chain.from_iterable(corpus.parts() for corpus in corpora),
         None if None in sizes else sum(sizes),
         tuple(note for corpus in corpora for note in corpus.notes),
+        sum(corpus.n_files for corpus in corpora),
     )
 
 
-def find_input(name: str, text_key: str) -> Corpus:
+def find_input(name: str, text_key: str, separator: str | None) -> Corpus:
     """One input, by the rules of find_corpus."""
     if not name:
         raise ValueError("--input is empty: name a file or a folder")
     if name == STDIN:
-        return standard_input()
+        return standard_input(separator)
     if name.startswith(HUB):
-        return hub_dataset(*name.removeprefix(HUB).split(":", maxsplit=2), text_key=text_key)
+        words = name.removeprefix(HUB).split(":", maxsplit=2)
+        return hub_dataset(*words, text_key=text_key, separator=separator)
     files, notes = find_text_files(Path(name))
     if dropped := unread_keys(files, text_key):
         notes.append(f"{name}: only {text_key!r} of each line is read, without {dropped}")
     packed = any(file.suffix.lower() == GZIP for file in files)
     return Corpus(
         name,
-        lambda: chain.from_iterable(read_parts(file, text_key=text_key) for file in files),
+        lambda: chain.from_iterable(
+            read_parts(file, text_key=text_key, separator=separator) for file in files
+        ),
         None if packed else sum(file.stat().st_size for file in files),
         tuple(notes),
+        len(files),
     )
 
 
@@ -150,11 +157,12 @@ def unread_keys(files: Iterable[Path], text_key: str) -> str:
     for file in files:
         if kind_of(file) == JSON_LINES:
             with opened(file) as lines:
-                keys.update(next(json_lines(lines, file, text_key), {}))
+                for _, record in islice(json_lines(lines, file, text_key), 1):
+                    keys.update(record)
     return ", ".join(sorted(keys - {text_key}))
 
 
-def standard_input() -> Corpus:
+def standard_input(separator: str | None) -> Corpus:
     """What comes from standard input, kept in a temporary file, for it is read twice."""
     if sys.stdin is None:
         raise ValueError("standard input is closed: let a file or a program be its source")
@@ -163,12 +171,15 @@ def standard_input() -> Corpus:
 
     def parts() -> Iterator[Part]:
         copy.seek(0)
-        yield from cut_document(decode_blocks(copy, "standard input"))
+        blocks = decode_blocks(copy, "standard input")
+        yield from cut_documents(blocks, separator, where="standard input")
 
     return Corpus("standard input", parts, copy.tell())
 
 
-def hub_dataset(name: str, config: str = "", split: str = "train", *, text_key: str) -> Corpus:
+def hub_dataset(
+    name: str, config: str = "", split: str = "train", *, text_key: str, separator: str | None
+) -> Corpus:
     """The texts of a dataset on the Hugging Face hub, or in a folder of its format."""
     try:
         from datasets import load_dataset
@@ -177,15 +188,18 @@ def hub_dataset(name: str, config: str = "", split: str = "train", *, text_key: 
     if "/" not in name and not (name and Path(name).is_dir()):
         raise ValueError(f"{HUB}{name}: name a dataset, {HUB}owner/name, or a folder that exists")
 
-    def texts() -> Iterator[str]:
+    def parts() -> Iterator[Part]:
         try:
-            for row in load_dataset(name, config or None, split=split, streaming=True):
+            rows = load_dataset(name, config or None, split=split, streaming=True)
+            for number, row in zip(count(1), rows, strict=False):
                 if not isinstance(row.get(text_key), str):
                     raise ValueError(
-                        f'a row has no text under "{text_key}", but {list(row)}: see --text_key'
+                        f'row {number} has no text under "{text_key}", but {list(row)}: see '
+                        "--text_key"
                     )
-                yield row[text_key]
+                where = f"{HUB}{name}, row {number}"
+                yield from cut_documents([row[text_key]], separator, where=where, line=0)
         except Exception as error:  # of many kinds, from the hub, from files, from us
             raise ValueError(f"{HUB}{name}: {str(error) or type(error).__name__}") from None
 
-    return Corpus(f"{HUB}{name}", lambda: documents(texts()))
+    return Corpus(f"{HUB}{name}", parts)

@@ -101,7 +101,9 @@ def write_dataset(
         encode = partial(encode_parts, tokenizer=tokenizer, dtype=dtype)
         begin = existing(tokenizer.begin_of_text)
         np.array(begin, dtype).tofile(train)
-        n = len(begin) + encode_corpus(corpus, encode, train)
+        counts = encode_corpus(corpus, encode, train)
+        n = len(begin) + counts.pop("tokens")
+        meta["read"] = {"files": corpus.n_files, **counts}
         cut = int(n * (1 - val_fraction))
         if cut < 2 or n - cut < 2:
             raise ValueError(
@@ -134,14 +136,23 @@ def new_dataset(
         write_text(scratch / SEAL, json.dumps(meta, indent=2) + "\n")
 
 
-def encode_corpus(corpus: Corpus, encode: Callable[[list[Part]], np.ndarray], path: Path) -> int:
-    """Add the ids of all documents to a file; returns how many."""
-    n = 0
+def encode_corpus(
+    corpus: Corpus, encode: Callable[[list[Part]], np.ndarray], path: Path
+) -> dict[str, int]:
+    """Add the ids of all documents to a file; returns how many of each there are."""
+    counts = {"tokens": 0, "documents": 0, "separators": 0}
+
+    def counted() -> Iterator[Part]:
+        for part in corpus.read("encoding"):
+            counts["documents"] += part.last
+            counts["separators"] += part.separated
+            yield part
+
     with open(path, "ab") as file:
-        for ids in in_order(encode, bundles(corpus.read("encoding"))):
+        for ids in in_order(encode, bundles(counted())):
             file.write(ids.tobytes())
-            n += len(ids)
-    return n
+            counts["tokens"] += len(ids)
+    return counts
 
 
 def bundles(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -160,9 +171,9 @@ def bundles(parts: Iterable[Part]) -> Iterator[list[Part]]:
 def encode_parts(parts: Iterable[Part], *, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
     """The ids of consecutive parts; after each document it ends, and the next begins."""
     ids, between = [], existing(tokenizer.end_of_text, tokenizer.begin_of_text)
-    for text, last in parts:
-        ids += tokenizer.encode(text)
-        ids += between if last else []
+    for part in parts:
+        ids += tokenizer.encode(part.text)
+        ids += between if part.last else []
     return np.array(ids, dtype)
 
 

@@ -8,9 +8,11 @@ where a block has no such place at all is it cut at its end.)
 import codecs
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, repeat
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -20,10 +22,13 @@ BLOCK = 2**20  # bytes that are read at once, and characters of a part
 
 
 class Part(NamedTuple):
-    """Some text, and whether its document ends with it."""
+    """Some text, whether its document ends with it, and where it stands."""
 
     text: str
     last: bool
+    separated: bool = False  # whether a separator ends the document
+    where: str = ""  # the file, or its line that holds the document
+    line: int = 0  # of the file, where the part begins; 0: where says it
 
 
 def documents(texts: Iterable[str]) -> Iterator[Part]:
@@ -47,13 +52,16 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         raise ValueError(f"{path}: no sound gzip file ({error}); pack it again") from None
 
 
-def read_parts(path: Path, *, text_key: str = "text") -> Iterator[Part]:
+def read_parts(
+    path: Path, *, text_key: str = "text", separator: str | None = None
+) -> Iterator[Part]:
     """The documents of a file."""
     with opened(path) as file:
         if kind_of(path) == JSON_LINES:
-            yield from documents(line[text_key] for line in json_lines(file, path, text_key))
+            for where, record in json_lines(file, path, text_key):
+                yield from cut_documents([record[text_key]], separator, where=where, line=0)
         else:
-            yield from cut_document(decode_blocks(file, path))
+            yield from cut_documents(decode_blocks(file, path), separator, where=str(path))
 
 
 def read_text(path: Path) -> str:
@@ -82,17 +90,34 @@ def decode_blocks(file: IO[bytes], name: object) -> Iterator[str]:
             return
 
 
-def cut_document(blocks: Iterable[str]) -> Iterator[Part]:
-    """A document in parts of about a block, each cut where a word ends."""
-    text, begun = "", False
-    for block in blocks:
-        text += block
-        if len(text) >= BLOCK:
-            cut = end_of_a_word(text)
-            yield Part(text[:cut], False)
+def cut_documents(
+    blocks: Iterable[str], separator: str | None = None, *, where: str = "", line: int = 1
+) -> Iterator[Part]:
+    """The documents of a text, in parts of about a block, each cut where a word ends.
+
+    separator: what stands between documents; the end of its line belongs to it, and what is blank
+    beside it is no document. where, line: those of the first part.
+    """
+    pattern = re.escape(separator) + r"(?:\r?\n)?+" if separator else r"(?!)"
+    in_time = re.compile(pattern + r"(?=[\s\S]{2})")  # what may grow waits for the next block
+    hold = len(separator) + 3 if separator else 0  # one that waits, and what comes behind it
+    text, begun, found = "", False, None
+    for block, ends in chain(zip(blocks, repeat(in_time)), [("", re.compile(pattern))]):
+        text, start = text + block, 0
+        for found in ends.finditer(text):
+            document = text[start : found.start()]
+            if begun or document.strip():
+                yield Part(document, True, True, where, line)
+            line += line and text.count("\n", start, found.end())
+            start, begun = found.end(), False
+        text = text[start:]
+        if len(text) >= BLOCK + hold:
+            cut = end_of_a_word(text[: len(text) - hold])
+            yield Part(text[:cut], False, False, where, line)
+            line += line and text.count("\n", 0, cut)
             text, begun = text[cut:], True
-    if text or begun:
-        yield Part(text, True)
+    if begun or (text.strip() if found else text):
+        yield Part(text, True, False, where, line)
 
 
 def end_of_a_word(text: str) -> int:
@@ -103,8 +128,11 @@ def end_of_a_word(text: str) -> int:
     return len(text)
 
 
-def json_lines(file: Iterable[bytes], name: object, text_key: str) -> Iterator[dict]:
-    """The JSON object of each line. Raises ValueError for one without a string under text_key."""
+def json_lines(file: Iterable[bytes], name: object, text_key: str) -> Iterator[tuple[str, dict]]:
+    """The JSON object of each line, behind its place.
+
+    Raises ValueError for one without a string under text_key.
+    """
     for number, line in enumerate(file, start=1):
         if line.isspace():
             continue
@@ -120,7 +148,7 @@ def json_lines(file: Iterable[bytes], name: object, text_key: str) -> Iterator[d
                 f'{name}, line {number}: each line must be a JSON object whose key "{text_key}" '
                 f"holds a string{keys}"
             ) from None
-        yield record
+        yield f"{name}, line {number}", record
 
 
 def text_or_file(key: str, value: str) -> str:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable
 from itertools import pairwise
@@ -22,7 +23,7 @@ from nanolm.text.documents import Part, documents
 def joined(parts: Iterable[Part]) -> list[str]:
     """The documents, their parts put together."""
     texts = [""]
-    for text, last in parts:
+    for text, last, *_ in parts:
         texts[-1] += text
         if last:
             texts.append("")
@@ -35,11 +36,11 @@ def read(*inputs: str) -> list[str]:
     return joined(find_corpus(inputs).parts())
 
 
-def read_by_blocks(path: str, block: int) -> list[Part]:
+def read_by_blocks(path: str, block: int, **options: str) -> list[Part]:
     """The parts of a file that is read so many bytes at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents_module, "BLOCK", block)
-        return list(find_corpus([path]).parts())
+        return list(find_corpus([path], **options).parts())
 
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -209,6 +210,53 @@ def test_the_byte_that_is_no_utf8_is_named_wherever_blocks_begin(
         read_by_blocks("bad.txt", block)
 
 
+END = "<|endoftext|>"
+stories = st.lists(
+    st.text("a\n <|", max_size=5) | st.just("many words of a story\r\n" * 3), max_size=5
+)
+
+
+@given(
+    stories,
+    st.sampled_from([END, "\n\n\n", "|"]),
+    st.sampled_from(["", "\n", "\r\n"]),
+    st.integers(8, 40),
+)
+def test_a_separator_ends_a_document_wherever_blocks_begin(tmp_path, texts, separator, end, block):
+    """With the end of its own line; and what is blank beside one is no document.
+
+    TinyStories' <|endoftext|> was once text: the token was never learned, and no sample ended.
+    """
+    path = tmp_path / "a.txt"
+    texts = [text.replace(separator, "") for text in texts]
+    content = (separator + end).join(texts)
+    path.write_bytes(content.encode())
+    wanted = re.split(re.escape(separator) + "(?:\r?\n)?", content)
+    parts = read_by_blocks(str(path), block, separator=separator)
+    documents = [text for text in wanted if text.strip()] if len(wanted) > 1 else texts
+    assert joined(parts) == [text for text in documents if text]
+    for part in parts:
+        assert part.text[:1] in content.split("\n")[part.line - 1] + "\n"
+    assert [part.where for part in parts] == [str(path)] * len(parts)
+    assert sum(part.separated for part in parts) >= len(documents) - 1
+    assert read(str(path)) == [content] * bool(content)  # nothing separates, unless it is named
+
+
+def test_a_separator_stands_in_every_kind_of_input(workplace, type_in):
+    Path("a.txt").write_text(f"one{END}\ntwo\n{END}\n")
+    Path("b.jsonl").write_text(json.dumps({"text": f"three{END}four"}))
+    type_in(f"five\n{END}\nsix".encode())
+    parts = list(find_corpus(["a.txt", "b.jsonl", "-"], separator=END).parts())
+    assert joined(parts) == ["one", "two\n", "three", "four", "five\n", "six"]
+    assert [part.separated for part in parts] == [True, True, True, False, True, False]
+    assert [part.where for part in parts[1:5]] == [
+        "a.txt",
+        *["b.jsonl, line 1"] * 2,
+        "standard input",
+    ]
+    assert [part.line for part in parts] == [1, 2, 0, 0, 1, 3]
+
+
 # ------------------------------------------------------------------------------------------
 # Lines of JSON
 
@@ -338,8 +386,8 @@ def test_a_hub_dataset_is_its_texts_in_order_each_time(name, texts, hub):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("poems", r"hf:poems: a row has no text under \"text\", but \['verse', 'n'\]"),
-        ("numbers", "hf:numbers: a row has no text"),
+        ("poems", r"hf:poems: row 1 has no text under \"text\", but \['verse', 'n'\]"),
+        ("numbers", "hf:numbers: row 1 has no text"),
         ("nothing", "hf:nothing: "),
         ("program", "hf:program: .* scripts"),
         ("stories::last", "hf:stories: .* last"),

@@ -130,6 +130,21 @@ def test_blocks_and_bundles_do_not_change_a_dataset(workplace, monkeypatch):
     assert made[0] == made[1] == made[2]
 
 
+def test_a_separator_becomes_the_token_that_ends_a_document(texts_here, run_main):
+    """As in TinyStories: the token was seen 0 times in training, and its name 720 times."""
+    stories = f"One wolf.\n{END_OF_TEXT}\n" * 720
+    Path("stories.txt").write_text(stories + "And a fox.\n")
+    out = run_main("prepare", "x", "--input=stories.txt", "--tokenizer=bpe:270")[1]
+    assert "read     : 1 file, 721 documents, 720 separators\n" in out
+    dataset = open_dataset("x")
+    ids, tokenizer = all_ids(dataset), dataset.tokenizer
+    assert ids == encoded(tokenizer, ["One wolf.\n"] * 720 + ["And a fox.\n"])
+    kept = prepare("y", inputs=("stories.txt",), tokenizer="data/x", separator=None)
+    assert all_ids(open_dataset(kept.name)) == encoded(tokenizer, [stories + "And a fox.\n"])
+    char = prepare("z", inputs=("stories.txt",), separator="wolf.\n").name
+    assert open_dataset(char).meta["read"] == {"files": 1, "documents": 721, "separators": 720}
+
+
 def test_the_meta_file_tells_where_the_text_is_from(texts_here):
     meta = json.loads((prepare("x", inputs=("a.txt", "b.txt")) / "meta.json").read_text())
     assert (meta["source"], meta["tokenizer"]) == ("a.txt, b.txt", "char")
