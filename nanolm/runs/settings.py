@@ -44,6 +44,7 @@ class TrainConfig(ModelConfig):
     gradient_accumulation_steps: int = 40  # micro-batches per update
     batch_tokens: int = 0  # seq2seq: a micro-batch has about so many, not batch_size examples
     pack: bool = True  # completion: several short examples share a sequence
+    begin_id: int | None = None  # causal: the token a text begins after (set by the dataset)
     chat: bool = False  # completion, seq2seq: examples are conversations (set by the dataset)
     mask_fraction: float = 0.15  # masked: of the tokens, how many are hidden and guessed
     seed: int = 1337  # of weights, data order and dropout

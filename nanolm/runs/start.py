@@ -162,7 +162,7 @@ def fit_to_task(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dat
         )
     dataset, keys = task.fit(dataset)
     for key, value in keys.items():
-        if getattr(config, key) not in (getattr(TrainConfig, key), value):
+        if getattr(config, key) not in (getattr(TrainConfig, key), value) and key != "begin_id":
             raise ValueError(
                 f"{key}={getattr(config, key)}: task={config.task!r} with {dataset.folder} asks "
                 f"for {value!r}; choose the dataset of this model, or leave this key out"

@@ -5,10 +5,12 @@ Nothing needs a label, for the text is its own: the targets are the ids, one pla
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from nanolm.evaluation import bits_per_byte, loss_counts, mean_loss, perplexity
 from nanolm.model import GPT, build_model
 from nanolm.sampling import generate, rows_of
 from nanolm.text.data import SPLITS, Dataset, write_dataset
-from nanolm.text.tokenizer import Tokenizer, stream_text
+from nanolm.text.tokenizer import Tokenizer, existing, stream_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class CausalTask:
     batch_size: int
     seed: int  # of the order of the windows
     eval_iters: int = 0  # batches of an evaluation of a split; 0: all of val, as many of train
+    begin_id: int | None = None  # the token after which a text begins; None: the usual one
 
     prepare = staticmethod(write_dataset)
     model = staticmethod(build_model)
@@ -45,6 +48,7 @@ class CausalTask:
     def fit(cls, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
         """The dataset as the task sees it, and the keys of the model that it asks for."""
         keys = {"causal": cls.kinds == ("a decoder",), "head": "tokens"}
+        keys["begin_id"] = opening(dataset.tokenizer, dataset.train)
         return dataset, keys | {"vocab_size": dataset.tokenizer.vocab_size}
 
     @property
@@ -107,8 +111,8 @@ class CausalTask:
         """What so many batches are."""
         return f"{n_batches * self.batch_size * self.block_size:,} tokens"
 
-    @staticmethod
     def answer(
+        self,
         model: GPT,
         tokenizer: Tokenizer,
         text: str = "",
@@ -122,7 +126,8 @@ class CausalTask:
         Without a text, the model begins one. A continuation stops at the end of its document.
         options: those of generate.
         """
-        ids = encode_prompt(tokenizer, text) if text else opening(tokenizer)
+        begin = opening(tokenizer) if self.begin_id is None else self.begin_id
+        ids = encode_prompt(tokenizer, text) if text else [begin]
         prompt = torch.tensor([ids], device=model.head.weight.device).expand(n, -1)
         rows = rows_of(generate(model, prompt, **options, generator=generator), n)
         end = tokenizer.end_of_text
@@ -137,18 +142,23 @@ class CausalTask:
         return "the model writes", pieces
 
 
-def opening(tokenizer: Tokenizer) -> list[int]:
-    """The tokens after which a model begins a text.
+def opening(tokenizer: Tokenizer, text: np.ndarray | None = None) -> int:
+    """The token after which a model begins a text.
 
-    The one that stands before every text, a document's end, or that of a line.
+    The one that stands before every text, a document's end, or that of a line: the first of these
+    that is in the training text, if that is given. (A single document never shows its end, and a
+    model has learned nothing of it.) Where there is none of them, the first token.
     """
-    for token in (tokenizer.begin_of_text, tokenizer.end_of_text):
-        if token is not None:
-            return [token]
-    try:
-        return tokenizer.encode("\n")
-    except ValueError:  # an alphabet without line ends
-        return [0]
+    usual = existing(tokenizer.begin_of_text, tokenizer.end_of_text)
+    with suppress(ValueError):  # an alphabet without line ends
+        usual += tokenizer.encode("\n")[:1]
+    first = 0 if text is None else int(text[0])
+    return next((token for token in usual if text is None or shows(text, token)), first)
+
+
+def shows(text: np.ndarray, token: int) -> bool:
+    """Whether a token is in a text, of which no more is read than needed."""
+    return any((text[i : i + 10**6] == token).any() for i in range(0, len(text), 10**6))
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -9,6 +9,7 @@ from conftest import TASKS, TINY
 import sample
 from nanolm.precision import Hardware
 from nanolm.tasks import causal
+from nanolm.text.data import open_dataset
 
 STORY = "Hi."
 
@@ -36,6 +37,44 @@ def test_a_sample_ends_with_its_document_and_a_prompt_may_begin_one(
         assert out == f"{start}{rest}\n---------------\n" * 2
     assert run_main("sample", "--temperature=0", "--num_samples=1")[1] == f"{STORY}\n{'-' * 15}\n"
     assert generate.call_args_list[0].args[1].tolist() == [[256]] * 2  # and not its letters
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer", "begin"),
+    [
+        ("wolf\nfox\n" * 99, "bpe:257", "\n"),  # the end comes once, in the validation text
+        ("wolf\nfox\n<|endoftext|>" * 99, "bpe:257", "<|endoftext|>"),
+        ("GATTACA" * 99, "bpe:257", "G"),
+        ("GATTACA" * 99, "char", "G"),  # no line ends at all: what train.py said failed
+    ],
+)
+def test_every_sample_begins_after_a_token_of_the_training_text(
+    text, tokenizer, begin, workplace, run_main, monkeypatch
+):
+    generate = Mock(wraps=causal.generate)
+    monkeypatch.setattr(causal, "generate", generate)
+    Path("a.txt").write_text(text)
+    run_main("prepare", "tiny", "--input=a.txt", f"--tokenizer={tokenizer}")
+    out = run_main("train", *TINY, "--out_dir=out/x")[1]
+    command = out.partition("sample from it with: python sample.py ")[2].split()
+    assert run_main("sample", *command, "--max_new_tokens=9", "--device=cpu")[0] == 0
+    found = open_dataset("tiny").tokenizer.encode(begin, allowed_special="all")
+    assert len(generate.call_args_list) == 5  # three while training, two of sample.py
+    assert {tuple(row) for call in generate.call_args_list for row in call.args[1].tolist()} == {
+        tuple(found)
+    }
+
+
+def test_a_run_goes_on_with_a_text_that_begins_otherwise(workplace, run_main):
+    Path("a.txt").write_text("wolf\nfox\n" * 99)
+    Path("b.txt").write_text("wolf\nfox\n<|endoftext|>" * 99)
+    for name, path in (("tiny", "a.txt"), ("other", "b.txt")):
+        run_main("prepare", name, f"--input={path}", "--tokenizer=bpe:257")
+    run_main("train", *TINY, "--out_dir=out/x")
+    words = ("--out_dir=out/x", "--init_from=resume", "--dataset=other", "--max_iters=6")
+    code, out, err = run_main("train", *words)
+    assert (code, err) == (0, "")
+    assert "changed   begin_id: 10 before, 256 now" in out
 
 
 @pytest.mark.parametrize(

@@ -58,14 +58,29 @@ def test_the_loss_is_also_said_in_bits_per_byte():
     assert score == pytest.approx(wanted)
 
 
+BPE = BPETokenizer.train(["aa"], 258)
+
+
 @pytest.mark.parametrize(
-    ("tokenizer", "opening"),
+    ("tokenizer", "text", "opening"),
     [
-        (BPETokenizer.train(["aa"], 258), [257]),
-        (CharTokenizer("a\nb"), [0]),
-        (CharTokenizer("ab"), [0]),  # without line ends
+        (BPE, None, 257),
+        (BPE, [97, 257, 10, 97], 257),
+        (BPE, [97, 10, 97], 10),
+        (BPE, [97, 98], 97),
+        (CharTokenizer("a\nb"), None, 0),
+        (CharTokenizer("a\tb\n"), [2, 1, 2], 1),
+        (CharTokenizer("ab"), None, 0),
+        (CharTokenizer("ab"), [1, 0], 1),
     ],
-    ids=["end of text", "line end", "neither"],
 )
-def test_a_text_begins_after_the_end_of_another_one(tokenizer, opening):
-    assert causal.opening(tokenizer) == opening
+def test_a_text_begins_after_the_end_of_another_one(tokenizer, text, opening):
+    """Or of a line; or after whatever the training text has, and the model has learned."""
+    assert causal.opening(tokenizer, None if text is None else np.array(text)) == opening
+
+
+def test_a_token_is_looked_for_in_the_whole_of_a_long_text():
+    text = np.zeros(2_000_003, np.uint8)
+    assert not causal.shows(text, 1)
+    text[-1] = 1
+    assert causal.shows(text, 1)
