@@ -5,12 +5,13 @@ downloaded is data and no code: JSON, texts, and safetensors. huggingface_hub, w
 the files for the next time.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+
+from nanolm.system.files import json_of
 
 OWNERS = {
     "openai-community": ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
@@ -57,7 +58,7 @@ def find_folder(name: str, files: Iterable[str]) -> Path:
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError where it holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_of(path)
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

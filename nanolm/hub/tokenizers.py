@@ -26,6 +26,7 @@ from nanolm.layers import ModelConfig
 from nanolm.system.files import write_text
 from nanolm.text.bpe_tokenizer import END_OF_TEXT
 from nanolm.text.conversations import CHAT_TEMPLATE, can_chat
+from nanolm.text.documents import read_text
 from nanolm.text.gpt2 import FILE as GPT2_FILE
 from nanolm.text.gpt2 import byte_of_character
 from nanolm.text.pretrained import PretrainedTokenizer, open_pipeline, package
@@ -77,7 +78,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         if path.name == PIECES:
             pipeline, said = wordpiece_pipeline(path, settings), "[SEP]"
         else:
-            pipeline = open_pipeline(path.read_text(encoding="utf-8"))
+            pipeline = open_pipeline(read_text(path))
             said = settings.get("eos_token") or settings.get("sep_token")
         end = said["content"] if isinstance(said, dict) else said or END_OF_TEXT
         tokenizer = as_ours(pipeline, end) or PretrainedTokenizer(pipeline.to_str(), end)
@@ -91,7 +92,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def wordpiece_pipeline(path: Path, settings: dict) -> Any:
     """The pipeline that BERT's vocab.txt means, a piece in each line."""
     lower = settings.get("do_lower_case", True)
-    hf = package().implementations.BertWordPieceTokenizer(str(path), lowercase=lower)
+    pieces = {line.rstrip(): i for i, line in enumerate(read_text(path).rstrip().split("\n"))}
+    hf = package().implementations.BertWordPieceTokenizer(pieces, lowercase=lower)
     return open_pipeline(hf.to_str())
 
 

@@ -39,7 +39,7 @@ CASE = ("Failing test case", "Falsifying example")  # as Hypothesis calls it
 def put_in_place(chapter: str, path: Path, others: Sequence[str]) -> types.ModuleType:
     """The learner's chapter, imported in the place of ours; but other functions are ours."""
     ours = ast.parse(chapter_file(chapter).read_text())
-    tree = filled(ast.parse(path.read_text(), str(path)), ours, others)
+    tree = filled(ast.parse(path.read_bytes(), str(path)), ours, others)
     return executed(compile(tree, str(path), "exec"), f"nanolm.{chapter}", path)
 
 

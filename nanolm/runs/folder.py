@@ -5,7 +5,6 @@ loss.png, confusion.png where there are labels, step_XXXXXXXX.pt and best.pt. A 
 and resumed; another one cannot start over it by mistake, and two cannot write to it at once.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from nanolm.hub.models import CONFIG
 from nanolm.runs import checkpoint
 from nanolm.runs.settings import TrainConfig
 from nanolm.system.config import quoted
-from nanolm.system.files import lock, made_folder, remove_temporaries, write_text
+from nanolm.system.files import json_of, lock, made_folder, remove_temporaries, write_text
 from nanolm.text.data import SEAL
 from nanolm.text.tokenizer import TOKENIZER_FILE
 
@@ -68,7 +67,7 @@ def remove_leftovers(folder: Path) -> None:
 def recorded(folder: Path) -> dict:
     """What run.json says of the run in the folder; nothing where it cannot be read."""
     try:
-        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        content = json_of(folder / RUN_FILE)
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

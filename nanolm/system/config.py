@@ -9,7 +9,6 @@ import argparse
 import ast
 import difflib
 import inspect
-import json
 import operator
 import os
 import re
@@ -22,6 +21,8 @@ from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+from nanolm.system.files import json_of
 
 LARGEST = sys.float_info.max
 OPERATORS = {
@@ -239,7 +240,7 @@ def read_keys(
 ) -> dict[str, Any]:
     """The keys of cls that a config file sets, or that a run's own record (JSON) holds."""
     if path.endswith(".json"):
-        recorded = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
+        recorded = json_of(path)["config"]
         return {key: recorded[key] for key in comments_of(cls) if key in recorded}
     found = read_config_file(path, known, given)
     for key in found:

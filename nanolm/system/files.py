@@ -10,12 +10,13 @@ folder is whole exactly when its seal is there.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -89,6 +90,14 @@ def append_text(path: str | Path, text: str) -> None:
     """Add to the end of a text file, as UTF-8. A kill can leave a part of the text."""
     with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)
+
+
+def json_of(path: str | Path) -> Any:
+    """What a JSON file says, with a byte order mark before it or without.
+
+    Raises ValueError or RecursionError where it is none.
+    """
+    return json.loads(Path(path).read_bytes())  # of which a text would keep the mark
 
 
 def write_text(path: str | Path, text: str) -> None:

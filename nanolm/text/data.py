@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolm.system.files import sha256, whole_folder, write_text
+from nanolm.system.files import json_of, sha256, whole_folder, write_text
 from nanolm.system.workers import in_order
 from nanolm.text.corpus import Corpus
 from nanolm.text.documents import Part
@@ -244,7 +244,7 @@ def read_meta(folder: Path) -> dict:
     """meta.json. Raises ValueError where it is not of this FORMAT."""
     path = folder / SEAL
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json_of(path)
         if meta["format"] != FORMAT:
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):

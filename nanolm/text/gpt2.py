@@ -4,10 +4,9 @@ encoder.json maps each token to its id. The ids are in the order of the merges, 
 needs; vocab.bpe, which comes with it, says the same once more.
 """
 
-import json
 from pathlib import Path
 
-from nanolm.system.files import sha256
+from nanolm.system.files import json_of, sha256
 
 FILE = "encoder.json"
 SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -24,7 +23,7 @@ def read(path: Path) -> dict[bytes, int]:
     """The ranks of the tokens, from encoder.json. Raises ValueError for another file."""
     if sha256(path) != SHA256:
         raise ValueError(f"{path} is another file: its sha256 differs")
-    ids = json.loads(path.read_text(encoding="utf-8"))
+    ids = json_of(path)
     del ids["<|endoftext|>"]  # no token of the text
     byte = byte_of_character()
     return {bytes([byte[character] for character in token]): i for token, i in ids.items()}

@@ -6,10 +6,10 @@ load_tokenizer reads back what save has written.
 """
 
 import codecs
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from nanolm.system.files import json_of
 from nanolm.text import gpt2
 from nanolm.text.bpe_tokenizer import BPETokenizer
 from nanolm.text.char_tokenizer import FORMAT, CharTokenizer
@@ -33,7 +33,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.name == gpt2.FILE:
         return BPETokenizer.gpt2(path.parent)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_of(path)
         if content["format"] != FORMAT:
             raise ValueError
         return KINDS[content["kind"]].from_json(content)

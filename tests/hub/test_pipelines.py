@@ -103,12 +103,15 @@ def test_a_pipeline_answers_to_a_pair_as_sample_does(name, kind, tokenizers, tmp
     assert as_printed(found, [], "text", tokenizer) == "".join(answer)
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])  # Windows' editors begin a file with it
 @pytest.mark.parametrize("lower", [True, False])
-def test_a_vocabulary_of_pieces_is_read_with_its_rule_for_capitals(lower, tmp_path):
+def test_a_vocabulary_of_pieces_is_read_with_its_rule_for_capitals(lower, mark, tmp_path):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Cat", "cat"]
-    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
-    assert read_tokenizer(tmp_path).encode("Cat") == [6 if lower else 5]
+    (tmp_path / "vocab.txt").write_text(mark + "\n".join(pieces))
+    settings = json.dumps({"do_lower_case": lower})
+    (tmp_path / "tokenizer_config.json").write_text(mark + settings)
+    assert read_tokenizer(tmp_path).encode("Cat[PAD]", allowed_special="all")[0] == 6 - (not lower)
+    assert read_tokenizer(tmp_path).decode([0]) == "[PAD]"
 
 
 @pytest.mark.parametrize("kind", ["BPE", "BERT"])

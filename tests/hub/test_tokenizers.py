@@ -25,6 +25,7 @@ from tokenizers import (
 )
 
 from nanolm.bpe import N_BYTES
+from nanolm.hub.names import read_json
 from nanolm.hub.tokenizers import (
     find_tokenizer,
     is_pretrained,
@@ -471,6 +472,24 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
     """vocab.json and merges.txt are its older form, which transformers turns into the newer."""
     with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer.json: let transformers"):
         read_tokenizer(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_any_file(tiny_run, run_main, tmp_path):
+    """It once made config.json "not a JSON object", and a prompt begin with what has no id."""
+    folder = made(tmp_path / "marked")
+    write(LEARNED, folder)
+    Path("prompt.txt").write_text("little")
+    run = [*Path("data/tiny").glob("*.json"), *tiny_run.glob("*.json"), Path("prompt.txt")]
+    before = run_main("sample", f"--out_dir={tiny_run}", "--start=little", "--num_samples=1")
+    for path in [*folder.glob("*.json"), *run]:
+        content = path.read_bytes()
+        path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert read_tokenizer(folder) == LEARNED
+    assert isinstance(read_json(folder / "tokenizer_config.json"), dict)
+    words = (f"--out_dir={tiny_run}", "--start=FILE:prompt.txt", "--num_samples=1")
+    assert run_main("sample", *words) == before
+    words = (f"--out_dir={tiny_run}", "--init_from=resume", "--max_iters=6")
+    assert run_main("train", *words)[0::2] == (0, "")
 
 
 def test_some_special_tokens_alone_cannot_be_allowed_in_a_pipeline(tmp_path):
