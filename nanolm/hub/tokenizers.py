@@ -50,6 +50,8 @@ def find_tokenizer(name: str) -> Tokenizer:
     Raises ValueError where there is none.
     """
     path = Path(name)
+    if path.name in FILES and path.is_file():  # one of a pretrained model's, and not its folder
+        return read_tokenizer(path.parent)
     if path.exists() and not is_pretrained(path):
         return load_tokenizer(path)
     return read_tokenizer(find_folder(name, FILES))

@@ -4,7 +4,7 @@ An epoch has each of them once, in batches that are made anew; how they are grou
 the task's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -58,7 +58,8 @@ class ExampleTask:
         tokenizer, own = cls.particulars(train, val, tokenizer)
         facts = {"task": cls.reads, "made_with": made_with, "source": source, **own}
         encoded = [
-            [cls.encode(r, tokenizer, own["labels"]) for r in part] for part in (train, val)
+            [in_place(cls.encode, r, tokenizer, own["labels"]) for r in part]
+            for part in (train, val)
         ]
         with new_dataset(folder, tokenizer, DTYPE, **facts) as (meta, *files):
             splits = zip(SPLITS, encoded, (train, val), files, strict=True)
@@ -110,6 +111,14 @@ class ExampleTask:
 
     def batches_per_epoch(self, dataset: Dataset) -> int:
         return len(grouped(self, dataset.train, 0))
+
+
+def in_place(encode: Callable, record: Record, *words: Any) -> Any:
+    """What encode makes of a record. Raises ValueError, with its place, where that fails."""
+    try:
+        return encode(record, *words)
+    except ValueError as error:
+        raise ValueError(f"{record.where}: {error}" if record.where else str(error)) from None
 
 
 @lru_cache(maxsize=4)  # those of training and of evaluations

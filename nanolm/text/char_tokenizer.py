@@ -12,6 +12,7 @@ from typing import Any
 from nanolm.system.files import write_text
 
 FORMAT = 1  # of the JSON file
+SHOWN = 40  # characters of an alphabet, at most, where one is missing
 
 
 class CharTokenizer:
@@ -54,10 +55,11 @@ class CharTokenizer:
             return [self.ids[character] for character in text]
         except KeyError as error:
             character = error.args[0]
+            more = f" and {self.vocab_size - SHOWN:,} more" * (self.vocab_size > SHOWN)
             raise ValueError(
                 f"character {character!r} (U+{ord(character):04X}), at "
                 f"position {text.index(character)}, is not in the tokenizer's alphabet: use "
-                f"only {''.join(self.characters)!r}"
+                f"only {''.join(self.characters[:SHOWN])!r}{more}"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:

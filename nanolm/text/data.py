@@ -172,9 +172,23 @@ def encode_parts(parts: Iterable[Part], *, tokenizer: Tokenizer, dtype: np.dtype
     """The ids of consecutive parts; after each document it ends, and the next begins."""
     ids, between = [], existing(tokenizer.end_of_text, tokenizer.begin_of_text)
     for part in parts:
-        ids += tokenizer.encode(part.text)
+        try:
+            ids += tokenizer.encode(part.text)
+        except ValueError:
+            blame_line(part, tokenizer)
+            raise
         ids += between if part.last else []
     return np.array(ids, dtype)
+
+
+def blame_line(part: Part, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for the first line of a part that has no ids, with its place."""
+    for number, line in enumerate(part.text.split("\n"), start=part.line):
+        try:
+            tokenizer.encode(line)
+        except ValueError as error:
+            place = f"{part.where}, line {number}" if part.line else part.where
+            raise ValueError(f"{place}: {error}" if place else str(error)) from None
 
 
 def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:

@@ -37,9 +37,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if content["format"] != FORMAT:
             raise ValueError
         return KINDS[content["kind"]].from_json(content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        what = "is no tokenizer of this version of nanolm" if path.exists() else "is missing"
-        raise ValueError(f"{path} {what}: prepare the text again, or name another") from None
+    except OSError as error:
+        if path.exists():
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        what = "is missing"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        what = "is no tokenizer of this version of nanolm"
+        if path.name != TOKENIZER_FILE:
+            raise ValueError(
+                f"{path} {what}: name the folder of a dataset, a run or a pretrained model that "
+                "has one, or another file"
+            ) from None
+    raise ValueError(f"{path} {what}: prepare the text again, or name another")
 
 
 MASKS = ("<|mask|>", "[MASK]", "<mask>")  # ours, and those of others

@@ -514,6 +514,8 @@ def test_a_tokenizer_is_found_in_files_datasets_runs_and_pretrained_models(tiny_
     write(LEARNED, tiny_run)  # a run has a tokenizer of its own
     for name in (tiny_run, tiny_run / TOKENIZER_FILE, "data/tiny", tmp_path / "pretrained"):
         assert find_tokenizer(str(name)) == trained
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # a file instead of its folder
+        assert find_tokenizer(str(tmp_path / "pretrained" / name)) == trained
 
 
 def test_prepare_takes_the_tokenizer_of_a_pretrained_model(tiny_run, run_main, tmp_path):

@@ -151,6 +151,35 @@ def test_the_meta_file_tells_where_the_text_is_from(texts_here):
     assert meta["vocab_size"] == len(set("to be or not to be that is the question"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("n.txt", "to be\n" * 7 + "nob\u00e9\n", "n.txt, line 8"),
+        ("n.txt", f"to be{END_OF_TEXT}\n\nno\nb\u00e9", "n.txt, line 4"),
+        ("n.jsonl", '{"text": "to be"}\n{"text": "no\\nb\u00e9"}', "n.jsonl, line 2"),
+    ],
+)
+@pytest.mark.parametrize("block", [9, 2**20])
+def test_a_character_without_an_id_is_named_with_its_file_and_line(
+    name, content, place, block, texts_here, monkeypatch
+):
+    monkeypatch.setattr(documents_module, "BLOCK", block)
+    Path(name).write_text(content, encoding="utf-8")
+    prepare("x", inputs=("a.txt",))
+    CharTokenizer("\nabenort ").save("t.json")
+    with pytest.raises(ValueError, match=rf"^{place}: character '\u00e9' .*, at position \d,"):
+        prepare("y", inputs=("a.txt", name), tokenizer="t.json")
+
+
+def test_a_character_of_a_labelled_text_without_an_id_is_named_with_its_line(texts_here):
+    Path("k.csv").write_text(
+        "text,label\nto,x\nb\u00e9,y\n" + "to,x\nto,y\n" * 9, encoding="utf-8"
+    )
+    CharTokenizer("bot").save("char.json")
+    with pytest.raises(ValueError, match=r"^k\.csv, line 3: character '\u00e9'"):
+        prepare("y", inputs=("k.csv",), task="classification", tokenizer="char.json")
+
+
 def test_a_failed_preparation_leaves_the_old_dataset(texts_here):
     """Nothing is lost, and nothing is half written."""
     before = content(prepare("x", inputs=("a.txt",)))

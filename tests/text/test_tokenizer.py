@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 import unicodedata
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiktoken
@@ -94,6 +96,12 @@ def test_tokenizers_of_other_alphabets_differ():
 def test_an_unknown_character_is_named_with_its_place():
     with pytest.raises(ValueError, match=r"'é' \(U\+00E9\), at position 2, .* only 'abc'"):
         CharTokenizer("abc").encode("abé")
+
+
+def test_no_more_than_forty_characters_of_an_alphabet_are_shown():
+    """Of Chinese ones there were once 9 kB."""
+    with pytest.raises(ValueError, match=r"only '[\u4e00-\u4e27]{40}' and 2,960 more$"):
+        CharTokenizer(map(chr, range(0x4E00, 0x4E00 + 3000))).encode("a")
 
 
 # ------------------------------------------------------------------------------------------
@@ -377,6 +385,13 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_file_that_cannot_be_read_is_not_said_to_be_no_tokenizer(tmp_path, monkeypatch):
+    (tmp_path / TOKENIZER_FILE).touch()
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=PermissionError(13, "Denied")))
+    with pytest.raises(ValueError, match=rf"{TOKENIZER_FILE} cannot be read: Denied$"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -397,7 +412,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(content, tmp_path):
     content = content if isinstance(content, str) else json.dumps(content)
     (tmp_path / "t.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=r"t\.json is no tokenizer"):
+    with pytest.raises(ValueError, match=r"t\.json is no tokenizer.*: name the folder of"):
         load_tokenizer(tmp_path / "t.json")
 
 
