@@ -9,8 +9,9 @@ allows it to be more.
 import json
 import sys
 import unicodedata
+from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from textwrap import shorten
 
@@ -35,6 +36,7 @@ from nanolm.text import gpt2
 from nanolm.text.char_tokenizer import FORMAT, check_characters, look_up
 
 END_OF_TEXT = "<|endoftext|>"
+UTF_32 = f"utf-32-{sys.byteorder[0]}e"
 
 
 class BPETokenizer:
@@ -151,6 +153,9 @@ class BPETokenizer:
     def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
         """Ids of the text: what encode_naive gives, by tiktoken.
 
+        Which characters are letters, as \\p{L} in the pattern, the package regex decides for both,
+        and for learning: it knows a newer Unicode than tiktoken, which is given its classes.
+
         allowed_special: the special tokens that mean themselves where they stand in the text, or
         "all"; any other is ordinary characters. Raises ValueError for one that does not exist, and
         for half a surrogate pair, which is no character.
@@ -191,7 +196,9 @@ class BPETokenizer:
 
     @cached_property
     def _engine(self) -> tiktoken.Encoding:
-        pattern = with_fallback(self.pattern)
+        pattern = regex.sub(
+            r"\\[pP]\{[^}]*\}", lambda c: spelled_out(c[0]), with_fallback(self.pattern)
+        )
         return tiktoken.Encoding(
             self.name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
         )
@@ -236,6 +243,20 @@ class BPETokenizer:
             return False
         keys = ("ranks", "special_tokens", "pattern", "end_of_text", "normal_form")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+
+@lru_cache
+def spelled_out(kind: str) -> str:
+    """A class of characters, as \\p{L}, by its ranges: other engines know other versions of it."""
+    found = regex.finditer(rf"\p{kind[2:]}+", every_character())
+    ranges = (f"\\x{{{ord(run[0][0]):x}}}-\\x{{{ord(run[0][-1]):x}}}" for run in found)
+    return "[" + "^" * kind.startswith("\\P") + "".join(ranges) + "]"
+
+
+@lru_cache
+def every_character() -> str:
+    """All of Unicode, in order."""
+    return array("I", range(sys.maxunicode + 1)).tobytes().decode(UTF_32, "surrogatepass")
 
 
 def cut_out(names: Collection[str], text: str) -> list[str]:
