@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanolm.text.documents import JSON_LINES, kind_of, read_text
-from nanolm.text.records import TABLES, Record, json_object, rows_of
+from nanolm.text.documents import JSON_LINES, json_object, kind_of, read_text
+from nanolm.text.records import TABLES, Record, rows_of
 from nanolm.text.tokenizer import Tokenizer, existing
 
 SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from nanolm.text.documents import (
     kind_of,
     opened,
     read_parts,
+    text_in,
 )
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", JSON_LINES)
@@ -74,7 +75,11 @@ def find_corpus(
     Raises FileNotFoundError or ValueError for a file or folder that is not there
     and, on reading, for a dataset that is not and for what is no text.
     """
-    corpora = [find_input(name, text_key, separator) for name in inputs]
+    return together([find_input(name, text_key, separator) for name in inputs])
+
+
+def together(corpora: Sequence[Corpus]) -> Corpus:
+    """Several corpora as one."""
     sizes = [corpus.size for corpus in corpora]
     return Corpus(
         ", ".join(corpus.source for corpus in corpora),
@@ -157,8 +162,9 @@ def unread_keys(files: Iterable[Path], text_key: str) -> str:
     for file in files:
         if kind_of(file) == JSON_LINES:
             with opened(file) as lines:
-                for _, record in islice(json_lines(lines, file, text_key), 1):
-                    keys.update(record)
+                for where, row in islice(json_lines(lines, file), 1):
+                    text_in(row, text_key, where)
+                    keys.update(row)
     return ", ".join(sorted(keys - {text_key}))
 
 
@@ -192,13 +198,8 @@ def hub_dataset(
         try:
             rows = load_dataset(name, config or None, split=split, streaming=True)
             for number, row in zip(count(1), rows, strict=False):
-                if not isinstance(row.get(text_key), str):
-                    raise ValueError(
-                        f'row {number} has no text under "{text_key}", but {list(row)}: see '
-                        "--text_key"
-                    )
-                where = f"{HUB}{name}, row {number}"
-                yield from cut_documents([row[text_key]], separator, where=where, line=0)
+                text, where = text_in(row, text_key, f"row {number}"), f"{HUB}{name}, row {number}"
+                yield from cut_documents([text], separator, where=where, line=0)
         except Exception as error:  # of many kinds, from the hub, from files, from us
             raise ValueError(f"{HUB}{name}: {str(error) or type(error).__name__}") from None
 

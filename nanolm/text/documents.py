@@ -16,6 +16,8 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from nanolm.text.char_tokenizer import check_characters
+
 JSON_LINES = ".jsonl"
 GZIP = ".gz"  # after another suffix
 BLOCK = 2**20  # bytes that are read at once, and characters of a part
@@ -58,8 +60,9 @@ def read_parts(
     """The documents of a file."""
     with opened(path) as file:
         if kind_of(path) == JSON_LINES:
-            for where, record in json_lines(file, path, text_key):
-                yield from cut_documents([record[text_key]], separator, where=where, line=0)
+            for where, row in json_lines(file, path):
+                text = text_in(row, text_key, where)
+                yield from cut_documents([text], separator, where=where, line=0)
         else:
             yield from cut_documents(decode_blocks(file, path), separator, where=str(path))
 
@@ -128,27 +131,44 @@ def end_of_a_word(text: str) -> int:
     return len(text)
 
 
-def json_lines(file: Iterable[bytes], name: object, text_key: str) -> Iterator[tuple[str, dict]]:
-    """The JSON object of each line, behind its place.
-
-    Raises ValueError for one without a string under text_key.
-    """
+def json_lines(file: Iterable[bytes], name: object) -> Iterator[tuple[str, dict]]:
+    """The JSON object of each line, behind its place. Raises ValueError for a line of another."""
     for number, line in enumerate(file, start=1):
-        if line.isspace():
-            continue
-        record = None
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-            record[text_key].encode()  # JSON can spell half a surrogate pair: no character
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            keys = ""
-            if isinstance(record, dict) and text_key not in record:
-                keys = f"; here are {', '.join(record)}: choose by --text_key, or a --task"
-            raise ValueError(
-                f'{name}, line {number}: each line must be a JSON object whose key "{text_key}" '
-                f"holds a string{keys}"
-            ) from None
-        yield f"{name}, line {number}", record
+        if not line.isspace():
+            where = f"{name}, line {number}"
+            yield where, json_object(line, where)
+
+
+def json_object(line: str | bytes, where: str) -> dict:
+    """The object of a line. Raises ValueError where it is none."""
+    try:
+        line = (line if isinstance(line, str) else line.decode("utf-8-sig")).strip()
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).replace("line 1 column", "column")
+        raise ValueError(f"{where}: no JSON ({reason})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: needs a JSON object, and is {line:.40}")
+    return row
+
+
+def text_in(row: dict, key: str, where: str) -> str:
+    """What a row holds under a key. Raises ValueError where that is no text."""
+    if key not in row:
+        raise ValueError(
+            f'{where}: there is no "{key}" among {", ".join(map(str, row)) or "no keys"}: choose '
+            "one of them by --text_key, or a --task"
+        )
+    if not isinstance(row[key], str):
+        raise ValueError(
+            f'{where}: "{key}" is {row[key]!r:.40}, and no text: leave the line out, or choose '
+            f"another of {', '.join(map(str, row))} by --text_key"
+        )
+    try:
+        check_characters(row[key])  # JSON can spell half a surrogate pair
+    except ValueError as error:
+        raise ValueError(f'{where}: "{key}": {error}') from None
+    return row[key]
 
 
 def text_or_file(key: str, value: str) -> str:

@@ -10,12 +10,11 @@ Whatever is wrong with a line is said with its number.
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolm.text.documents import JSON_LINES, kind_of, read_text
+from nanolm.text.documents import JSON_LINES, json_object, kind_of, read_text
 
 TABLES = {".csv": ",", ".tsv": "\t"}  # what separates the columns
 TEXT_KEYS = (("text",), ("sentence1", "sentence2"))
@@ -88,17 +87,6 @@ def checked_rows(table: csv.DictReader, path: Path) -> Iterator[dict]:
         raise ValueError(f"{path}, line {table.line_num}: no sound table ({error})") from None
 
 
-def json_object(line: str, where: str) -> dict:
-    """The object of a line. Raises ValueError where it is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: no JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: needs a JSON object, and is {line.strip():.40}")
-    return row
-
-
 def word_records(path: Path, label_key: str) -> Iterator[Record]:
     """One label for each word of the sentences of a file."""
     if kind_of(path) != JSON_LINES:
@@ -109,7 +97,10 @@ def word_records(path: Path, label_key: str) -> Iterator[Record]:
         words, tags = (row[key] for key in keys) if keys else (None, None)
         lists = isinstance(words, list) and isinstance(tags, list)
         if not lists or not len(words) == len(tags) > 0:
-            raise ValueError(f"{where}: needs two lists of one length, tokens and tags")
+            raise ValueError(
+                f"{where}: needs two lists of one length, tokens and tags, and has "
+                f"{', '.join(map(str, row))}"
+            )
         if not all(isinstance(word, str) and word.strip() for word in words):
             raise ValueError(f"{where}: each of tokens has to be a text that is not empty")
         labels = tuple(None if tag is None else label_of(tag, where) for tag in tags)
