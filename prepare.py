@@ -24,7 +24,7 @@ class PrepareConfig:
     name: str  # the dataset: a folder in data/
     input: tuple[str, ...] = ()  # text or .jsonl files, folders of them, - (stdin), hf:NAME
     task: str | None = None  # causal (also for masked) | classification | tagging | completion
-    val_input: tuple[str, ...] = ()  # labels, answers: files for validation; none: some of input
+    val_input: tuple[str, ...] = ()  # files for validation; none: a part of input
     label_key: str = "label"  # what holds the label of a text
     pair_keys: tuple[str, ...] = ()  # what a row calls a prompt and its answer, if unusual
     text_key: str = "text"  # what holds the document in a line of .jsonl, or a row of hf:NAME

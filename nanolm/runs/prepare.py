@@ -8,7 +8,7 @@ from nanolm.hub.names import is_hub_name
 from nanolm.hub.tokenizers import find_tokenizer
 from nanolm.text.bpe_tokenizer import END_OF_TEXT
 from nanolm.text.conversations import check_alike, read_exchanges
-from nanolm.text.corpus import Corpus, find_corpus
+from nanolm.text.corpus import Corpus, find_corpus, together
 from nanolm.text.data import (
     KINDS,
     SEAL,
@@ -54,7 +54,7 @@ def prepare(
     """Make the dataset data/<name> from the inputs, or a known one from its own.
 
     inputs: see find_corpus; of a task with labels, read_records, and of one with answers,
-    read_exchanges; val_inputs are then those of the validation split. tokenizer: see
+    read_exchanges; val_inputs: those of the validation split, if it has its own. tokenizer: see
     make_tokenizer. Returns the folder; where it was made like this before, it is left as it is.
     Raises ValueError or FileNotFoundError, and leaves what was there, on bad input, and where
     another dataset has the name, unless overwrite.
@@ -64,13 +64,15 @@ def prepare(
     default = known.tokenizer if known else DEFAULT_TOKENIZERS[task == TASK]
     spec = default if tokenizer is None else tokenizer
     check_numbers(val_fraction, tokenizer_bytes)
-    check_task(name, task, val_inputs)
+    check_task(name, task)
     check_spec(spec)
     check_inputs(name, (*inputs, *val_inputs))
     if task == TASK:
         keys = {"text_key": text_key, "separator": separator}
         corpus = known.texts(folder) if known else find_corpus(inputs, **keys)
-        write = partial(write_dataset, val_fraction=val_fraction)
+        val = find_corpus(val_inputs, **keys) if val_inputs else None
+        keys["val_input"] = " ".join(val_inputs)
+        write = partial(write_dataset, val_fraction=val_fraction, val=val)
     else:
         if task == "completion":
             read = partial(read_exchanges, keys=pair_keys)
@@ -102,7 +104,8 @@ def prepare(
         return folder
     for line in (f"preparing {folder} from {corpus.source}", *corpus.notes):
         print(line, flush=True)
-    made = make_tokenizer(spec, corpus, tokenizer_bytes=tokenizer_bytes)
+    known_text = together([corpus, val]) if task == TASK and val else corpus
+    made = make_tokenizer(spec, known_text, tokenizer_bytes=tokenizer_bytes)
     write(folder, corpus, made, made_with=made_with)
     return folder
 
@@ -133,21 +136,19 @@ def corpus_of_records(records: list[Record], inputs: tuple[str, ...], *, between
 def check_numbers(val_fraction: float, tokenizer_bytes: int) -> None:
     """Raise ValueError where one of them is out of range."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+        raise ValueError(
+            f"val_fraction={val_fraction}: must be above 0 and below 1; or name a text for "
+            "validation with --val_input=FILE"
+        )
     if tokenizer_bytes < 1:
         raise ValueError(f"tokenizer_bytes={tokenizer_bytes}: must be at least 1")
 
 
-def check_task(name: str, task: str, val_inputs: tuple[str, ...]) -> None:
-    """Raise ValueError where a dataset cannot be for the task, or has no use for val_inputs."""
+def check_task(name: str, task: str) -> None:
+    """Raise ValueError where a dataset cannot be for the task."""
     kinds = [KNOWN_DATASETS[name].task] if name in KNOWN_DATASETS else KINDS
     if task not in kinds:
         raise ValueError(f"task={task!r}: choose {' or '.join(kinds)}")
-    if val_inputs and task == TASK:
-        raise ValueError(
-            "--val_input gives texts with labels or answers: choose --task=classification, "
-            "--task=tagging or --task=completion"
-        )
 
 
 def check_inputs(name: str, inputs: tuple[str, ...]) -> None:

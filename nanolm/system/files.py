@@ -9,11 +9,12 @@ Several files that belong together get a seal: one of them, moved last and remov
 folder is whole exactly when its seal is there.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -45,13 +46,18 @@ def sync(path: str | Path) -> None:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Let an error of the system name the file it is about: a full disk by itself does not."""
+def naming(path: str | Path, *, needed: Callable[[], float] | None = None) -> Iterator[None]:
+    """Let an error of the system name the file it is about: a full disk by itself does not.
+
+    needed: about how many bytes the whole file takes.
+    """
     try:
         yield
     except OSError as error:
         if error.errno and error.filename is None:
             error.filename = str(path)
+        if error.errno == errno.ENOSPC and needed:
+            error.strerror += f" (about {needed():,.0f} bytes are needed)"
         raise
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanolm.batches import Batch
 from nanolm.model import build_model
-from nanolm.text.data import SPLITS, Dataset, new_dataset
+from nanolm.text.data import SPLITS, Dataset, new_dataset, write_array
 from nanolm.text.examples import DTYPE, Examples, packed
 from nanolm.text.records import Record
 from nanolm.text.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class ExampleTask:
         with new_dataset(folder, tokenizer, DTYPE, **facts) as (meta, *files):
             splits = zip(SPLITS, encoded, (train, val), files, strict=True)
             for split, examples, records, file in splits:
-                packed(examples).tofile(file)
+                write_array(packed(examples), file)
                 meta[split] = {
                     "examples": len(examples),
                     "labels": sum(len(labels) for _, labels in examples),

@@ -11,6 +11,7 @@ Text streams through in bundles, which several threads encode, so that its size 
 import json
 import re
 import shutil
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolm.system.files import json_of, sha256, whole_folder, write_text
+from nanolm.system.files import json_of, naming, sha256, whole_folder, write_text
 from nanolm.system.workers import in_order
 from nanolm.text.corpus import Corpus
 from nanolm.text.documents import Part
@@ -82,7 +83,8 @@ def write_dataset(
     corpus: Corpus,
     tokenizer: Tokenizer,
     *,
-    val_fraction: float,
+    val_fraction: float = 0.0,
+    val: Corpus | None = None,
     made_with: Mapping[str, Any] = {},
 ) -> None:
     """Encode a corpus into a dataset folder, whole or not at all.
@@ -90,30 +92,49 @@ def write_dataset(
     made_with: what was asked for, noted in meta.json.
 
     Each document stands between the tokenizer's begin_of_text and end_of_text, where it has them,
-    and after the last one, too, another would begin. The validation split is the last val_fraction
-    of the tokens. Raises ValueError for a text so short that a split would have no token to
-    predict.
+    and after the last one, too, another would begin. The validation split is val, or else the last
+    val_fraction of the tokens. Raises ValueError for a text so short that a split would have no
+    token to predict.
     """
     dtype = narrowest_dtype(tokenizer.vocab_size)
     facts = {"task": TASK, "made_with": made_with, "source": corpus.source}
-    with new_dataset(folder, tokenizer, dtype, **facts) as (meta, train, val):
+    with new_dataset(folder, tokenizer, dtype, **facts) as (meta, *files):
         sizes = bytes_per_id(tokenizer)
         encode = partial(encode_parts, tokenizer=tokenizer, dtype=dtype)
-        begin = existing(tokenizer.begin_of_text)
-        np.array(begin, dtype).tofile(train)
-        counts = encode_corpus(corpus, encode, train)
-        n = len(begin) + counts.pop("tokens")
-        meta["read"] = {"files": corpus.n_files, **counts}
-        cut = int(n * (1 - val_fraction))
-        if cut < 2 or n - cut < 2:
-            raise ValueError(
-                f"{'text too short' if n else 'empty text'} in {corpus.source}: {cut} tokens to "
-                f"train on, {n - cut} to validate; each split needs 2, so give more --input"
-            )
-        move_tail(train, val, cut * dtype.itemsize)
-        for split, path, length in (("train", train, cut), ("val", val, n - cut)):
+        counts = Counter(files=0)
+        for source, path in zip((corpus, val) if val else (corpus,), files, strict=False):
+            write_array(np.array(existing(tokenizer.begin_of_text), dtype), path)
+            counts.update(files=source.n_files, **encode_corpus(source, encode, path))
+        del counts["tokens"]
+        meta["read"] = dict(counts)
+        if not val:
+            cut = share_to_train(files[0].stat().st_size // dtype.itemsize, val_fraction)
+            move_tail(*files, cut * dtype.itemsize)
+        for split, path in zip(SPLITS, files, strict=True):
             size = sum(int(sizes[ids].sum()) for ids in read_ids(path, dtype))
-            meta[split] = {"tokens": length, "bytes": size}
+            meta[split] = {"tokens": path.stat().st_size // dtype.itemsize, "bytes": size}
+        check_lengths(meta, corpus.source)
+
+
+def share_to_train(n: int, val_fraction: float) -> int:
+    """How many of n tokens are to train on. Raises ValueError where the others are too few."""
+    cut = int(n * (1 - val_fraction))
+    if n >= 4 and not 2 <= cut <= n - 2:
+        raise ValueError(
+            f"val_fraction={val_fraction}: leaves {cut:,} of {n:,} tokens to train on, and each "
+            f"split needs 2: choose {2 / n:.2g} to {1 - 2 / n:.2g}, or --val_input=FILE"
+        )
+    return cut
+
+
+def check_lengths(meta: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError where a split would have no token to predict."""
+    train, val = (meta[split]["tokens"] for split in SPLITS)
+    if min(train, val) < 2:
+        raise ValueError(
+            f"{'text too short' if train + val else 'empty text'} in {source}: {train} tokens to "
+            f"train on, {val} to validate; each split needs 2, so give more --input"
+        )
 
 
 @contextmanager
@@ -141,15 +162,22 @@ def encode_corpus(
 ) -> dict[str, int]:
     """Add the ids of all documents to a file; returns how many of each there are."""
     counts = {"tokens": 0, "documents": 0, "separators": 0}
+    lengths, written, read = deque(), 0, 0  # of bundles that are being encoded
 
-    def counted() -> Iterator[Part]:
-        for part in corpus.read("encoding"):
-            counts["documents"] += part.last
-            counts["separators"] += part.separated
-            yield part
+    def counted() -> Iterator[list[Part]]:
+        for bundle in bundles(corpus.read("encoding")):
+            counts["documents"] += sum(part.last for part in bundle)
+            counts["separators"] += sum(part.separated for part in bundle)
+            lengths.append(sum(len(part.text) for part in bundle))
+            yield bundle
 
-    with open(path, "ab") as file:
-        for ids in in_order(encode, bundles(counted())):
+    def needed() -> float:
+        return written * max(1.0, (corpus.size or 0) / max(1, read))
+
+    with naming(path, needed=needed), open(path, "ab") as file:
+        for ids in in_order(encode, counted()):
+            read += lengths.popleft()
+            written += ids.nbytes
             file.write(ids.tobytes())
             counts["tokens"] += len(ids)
     return counts
@@ -198,6 +226,12 @@ def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:
     return sizes
 
 
+def write_array(array: np.ndarray, path: Path) -> None:
+    """Write an array as a file. A full disk is said with the bytes that it takes."""
+    with naming(path, needed=lambda: array.nbytes), open(path, "wb") as file:
+        file.write(array.tobytes())
+
+
 def read_ids(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The ids of a file, a million at a time."""
     with open(path, "rb") as file:
@@ -207,7 +241,12 @@ def read_ids(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
 
 def move_tail(source: Path, target: Path, start: int) -> None:
     """Move the bytes from start on into a new file."""
-    with open(source, "r+b") as file, open(target, "wb") as tail:
+    size = source.stat().st_size - start
+    with (
+        naming(target, needed=lambda: size),
+        open(source, "r+b") as file,
+        open(target, "wb") as tail,
+    ):
         file.seek(start)
         shutil.copyfileobj(file, tail)
         file.truncate(start)

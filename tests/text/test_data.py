@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from nanolm.text import data
 from nanolm.text import documents as documents_module
 from nanolm.text.bpe_tokenizer import END_OF_TEXT, BPETokenizer
 from nanolm.text.char_tokenizer import CharTokenizer
-from nanolm.text.corpus import Corpus
+from nanolm.text.corpus import Corpus, find_corpus
 from nanolm.text.data import (
     SPLITS,
     Dataset,
@@ -178,6 +179,46 @@ def test_a_character_of_a_labelled_text_without_an_id_is_named_with_its_line(tex
     CharTokenizer("bot").save("char.json")
     with pytest.raises(ValueError, match=r"^k\.csv, line 3: character '\u00e9'"):
         prepare("y", inputs=("k.csv",), task="classification", tokenizer="char.json")
+
+
+def test_a_text_of_its_own_can_be_for_validation(texts_here, run_main):
+    Path("v.txt").write_text("question of bees")
+    command = ("prepare", "x", "--input=a.txt", "--val_input=v.txt", "--tokenizer=bpe:258")
+    assert run_main(*command)[0] == 0
+    dataset = open_dataset("x")
+    assert dataset.train.tolist() == encoded(dataset.tokenizer, ["to be or not to be"])
+    assert dataset.val.tolist() == encoded(dataset.tokenizer, ["question of bees"])
+    assert dataset.meta["read"] == {"files": 2, "documents": 2, "separators": 0}
+    check_dataset("x")
+    prepare("y", inputs=("a.txt",), val_inputs=("v.txt",))
+    assert open_dataset("y").tokenizer == CharTokenizer("to be or not to be question of bees")
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 0.05, 0.95, 1 - 1e-6])
+def test_a_fraction_that_leaves_too_little_is_blamed_and_not_the_text(fraction, texts_here):
+    with pytest.raises(
+        ValueError, match=rf"^val_fraction={fraction}: .* choose 0\.11 to 0\.89, or"
+    ):
+        prepare("x", inputs=("a.txt",), val_fraction=fraction)
+    for good in (0.12, 0.88):
+        prepare("x", inputs=("a.txt",), val_fraction=good, overwrite=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is full")
+def test_a_full_disk_names_the_file_and_the_bytes_that_are_needed(texts_here, monkeypatch):
+    Path("long.txt").write_text(TEXT * 99)
+    path = Path("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device \(about (\d+),000 bytes") as error:
+        data.write_array(np.zeros(3_000, "<u2"), path)
+    assert (error.value.filename, "about 6,000" in str(error.value)) == ("/dev/full", True)
+    found = find_corpus(["long.txt"])
+    encode = partial(data.encode_parts, tokenizer=BPE, dtype=np.dtype("<u2"))
+    monkeypatch.setattr(documents_module, "BLOCK", 10_000)
+    monkeypatch.setattr(data, "BUNDLE", 10_000)
+    with pytest.raises(OSError, match="No space left") as error:
+        data.encode_corpus(found, encode, path)
+    needed = int(re.search(r"about ([\d,]+) bytes", str(error.value))[1].replace(",", ""))
+    assert needed == pytest.approx(2 * len(BPE.encode(TEXT)) * 99, rel=0.5)
 
 
 def test_a_failed_preparation_leaves_the_old_dataset(texts_here):
