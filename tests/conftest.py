@@ -16,6 +16,8 @@ import torch
 
 from nanolm.system.signals import handled_by
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, it would be ignored in all tests
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{i} little wolves met {i * i} foxes,\nand {i % 7} ran.\n" for i in range(40))
 # A model that trains in no time, on the CPU.

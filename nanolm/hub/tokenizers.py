@@ -17,6 +17,7 @@ was trained on texts, or pairs of them, that were framed.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def find_tokenizer(name: str) -> Tokenizer:
     """
     path = Path(name)
     if path.name in FILES and path.is_file():  # one of a pretrained model's, and not its folder
+        with suppress(ValueError):  # or one of ours that has been given its name
+            return load_tokenizer(path)
         return read_tokenizer(path.parent)
     if path.exists() and not is_pretrained(path):
         return load_tokenizer(path)

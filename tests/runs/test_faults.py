@@ -548,7 +548,7 @@ def full_disk_is_said(path: str, err: str) -> bool:
     pattern = (
         rf"error: cannot write {re.escape(path)}: [^;]+; it needs \d{{2}},\d{{3}} bytes; the last "
         r"checkpoint is out/x/step_00000006\.pt: "
-        r"continue with train\.py --out_dir=out/x --init_from=resume\n"
+        r"continue with python train\.py --out_dir=out/x --init_from=resume\n"
     )
     return bool(re.fullmatch(pattern, err))
 
