@@ -11,26 +11,32 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 from nanolm.system.workers import progress
 from nanolm.text.documents import (
-    GZIP,
+    BLOCK,
     JSON_LINES,
     Part,
     cut_documents,
-    decode_blocks,
+    is_packed,
     json_lines,
+    json_object,
     kind_of,
+    lines_as_parts,
     opened,
     read_parts,
+    text_as_parts,
     text_in,
 )
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", JSON_LINES)
 NO_PROSE = {".csv": "a table", ".tsv": "a table", ".json": "JSON"}
+PARQUET = ".parquet"
 STDIN, HUB = "-", "hf:"  # instead of a path
 
 
@@ -67,11 +73,12 @@ def find_corpus(
 ) -> Corpus:
     """The documents of all inputs, in the order given.
 
-    An input is a UTF-8 file, one document; a file of JSON lines (named .jsonl), each an object
-    whose text_key holds a document; either of them packed (.gz); a folder, for the files in and
-    below it that end in one of TEXT_SUFFIXES, sorted, without hidden ones; "-" for standard input,
-    one document; or "hf:NAME[:CONFIG[:SPLIT]]" for a dataset of the Hugging Face hub, or in a
-    folder of its format. separator: what stands between documents in any of them.
+    An input is a UTF-8 file, one document; a file of JSON lines (named .jsonl or .ndjson), each an
+    object whose text_key holds a document; either of them packed (.gz, .zst); a table (.parquet)
+    of documents; a folder, for the files in and below it that end in one of TEXT_SUFFIXES, sorted,
+    without hidden ones; "-" for standard input, one document, or lines of JSON; or
+    "hf:NAME[:CONFIG[:SPLIT]]" for a dataset of the Hugging Face hub, or in a folder of its format.
+    separator: what stands between documents in any of them.
     Raises FileNotFoundError or ValueError for a file or folder that is not there
     and, on reading, for a dataset that is not and for what is no text.
     """
@@ -95,14 +102,17 @@ def find_input(name: str, text_key: str, separator: str | None) -> Corpus:
     if not name:
         raise ValueError("--input is empty: name a file or a folder")
     if name == STDIN:
-        return standard_input(separator)
+        return standard_input(text_key, separator)
     if name.startswith(HUB):
-        words = name.removeprefix(HUB).split(":", maxsplit=2)
-        return hub_dataset(*words, text_key=text_key, separator=separator)
+        rows = hub_rows(*name.removeprefix(HUB).split(":", maxsplit=2))
+        return corpus_of_rows(":".join(name.split(":")[:2]), rows, text_key, separator)
+    if kind_of(Path(name)) == PARQUET and Path(name).is_file():
+        rows = hub_rows("parquet", file=name)
+        return corpus_of_rows(name, rows, text_key, separator)
     files, notes = find_text_files(Path(name))
     if dropped := unread_keys(files, text_key):
         notes.append(f"{name}: only {text_key!r} of each line is read, without {dropped}")
-    packed = any(file.suffix.lower() == GZIP for file in files)
+    packed = any(map(is_packed, files))
     return Corpus(
         name,
         lambda: chain.from_iterable(
@@ -129,9 +139,8 @@ def find_text_files(path: Path) -> tuple[list[Path], list[str]]:
             f"{STDIN} for standard input, and {HUB}NAME"
         )
     found = defaultdict(list)
-    for file in sorted(path.rglob("*")):
-        if not file.is_dir():
-            found[why_skipped(file, path)].append(file)
+    for file in sorted(files_below(path)):
+        found[why_skipped(file, path)].append(file)
     files = found.pop(None, [])
     if not files:
         raise ValueError(
@@ -145,15 +154,28 @@ def find_text_files(path: Path) -> tuple[list[Path], list[str]]:
     return files, notes
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below, also behind links; and folders that cannot be read."""
+    seen, refused = set(), []
+    for place, folders, names in os.walk(
+        folder, followlinks=True, onerror=lambda error: refused.append(Path(error.filename))
+    ):
+        real = os.path.realpath(place)
+        if real in seen:  # a link may lead back to where it stands
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names)
+    yield from refused
+
+
 def why_skipped(file: Path, folder: Path) -> str | None:
     """Why a file of a folder is not read; None where it is."""
     if any(part.startswith(".") for part in file.relative_to(folder).parts):
         return "hidden"
-    if kind_of(file) not in TEXT_SUFFIXES:
-        return "with another suffix"
-    if not file.is_file() or not os.access(file, os.R_OK):
+    if file.is_dir() or not file.exists() or not os.access(file, os.R_OK):
         return "unreadable"
-    return None
+    return None if kind_of(file) in TEXT_SUFFIXES else "with another suffix"
 
 
 def unread_keys(files: Iterable[Path], text_key: str) -> str:
@@ -168,39 +190,60 @@ def unread_keys(files: Iterable[Path], text_key: str) -> str:
     return ", ".join(sorted(keys - {text_key}))
 
 
-def standard_input(separator: str | None) -> Corpus:
-    """What comes from standard input, kept in a temporary file, for it is read twice."""
+def standard_input(text_key: str, separator: str | None) -> Corpus:
+    """What comes from standard input, kept in a temporary file, for it is read twice.
+
+    Lines of JSON are taken for such where the first one is an object.
+    """
     if sys.stdin is None:
         raise ValueError("standard input is closed: let a file or a program be its source")
-    copy = tempfile.TemporaryFile()  # noqa: SIM115 - the system removes it with the process
+    copy, name = tempfile.TemporaryFile(), "standard input"  # noqa: SIM115 - the system removes it
     shutil.copyfileobj(sys.stdin.buffer, copy)
+    size, notes = copy.tell(), ()
+    copy.seek(0)
+    with suppress(ValueError):
+        lines = iter(partial(copy.readline, BLOCK), b"")
+        json_object(next((line for line in lines if line.strip()), b""), name)
+        notes = (f"{name}: read as lines of JSON",)
 
     def parts() -> Iterator[Part]:
         copy.seek(0)
-        blocks = decode_blocks(copy, "standard input")
-        yield from cut_documents(blocks, separator, where="standard input")
+        read = partial(lines_as_parts, text_key=text_key) if notes else text_as_parts
+        yield from read(copy, name, separator=separator)
 
-    return Corpus("standard input", parts, copy.tell())
+    return Corpus(name, parts, size, notes)
 
 
-def hub_dataset(
-    name: str, config: str = "", split: str = "train", *, text_key: str, separator: str | None
+def corpus_of_rows(
+    name: str, rows: Callable[[], Iterable[dict]], text_key: str, separator: str | None
 ) -> Corpus:
-    """The texts of a dataset on the Hugging Face hub, or in a folder of its format."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(f"{HUB}{name} needs the package datasets: pip install datasets") from None
-    if "/" not in name and not (name and Path(name).is_dir()):
-        raise ValueError(f"{HUB}{name}: name a dataset, {HUB}owner/name, or a folder that exists")
+    """The texts of rows."""
 
     def parts() -> Iterator[Part]:
         try:
-            rows = load_dataset(name, config or None, split=split, streaming=True)
-            for number, row in zip(count(1), rows, strict=False):
-                text, where = text_in(row, text_key, f"row {number}"), f"{HUB}{name}, row {number}"
+            for number, row in enumerate(rows(), start=1):
+                text, where = text_in(row, text_key, f"row {number}"), f"{name}, row {number}"
                 yield from cut_documents([text], separator, where=where, line=0)
         except Exception as error:  # of many kinds, from the hub, from files, from us
-            raise ValueError(f"{HUB}{name}: {str(error) or type(error).__name__}") from None
+            raise ValueError(f"{name}: {str(error) or type(error).__name__}") from None
 
-    return Corpus(f"{HUB}{name}", parts)
+    return Corpus(name, parts)
+
+
+def hub_rows(
+    name: str, config: str = "", split: str = "train", *, file: str | None = None
+) -> Callable[[], Iterable[dict]]:
+    """What gives the rows of a dataset on the Hugging Face hub, or in a file or folder here.
+
+    file: of the format that name says.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            f"{file or HUB + name} needs the package datasets: pip install datasets"
+        ) from None
+    if not file and "/" not in name and not (name and Path(name).is_dir()):
+        raise ValueError(f"{HUB}{name}: name a dataset, {HUB}owner/name, or a folder that exists")
+    options = {"split": split, "streaming": True, "data_files": file}
+    return partial(load_dataset, name, config or None, **options)

@@ -11,7 +11,8 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from itertools import chain, repeat
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -19,7 +20,7 @@ from typing import IO, NamedTuple
 from nanolm.text.char_tokenizer import check_characters
 
 JSON_LINES = ".jsonl"
-GZIP = ".gz"  # after another suffix
+OTHER_NAMES = {".ndjson": JSON_LINES}
 BLOCK = 2**20  # bytes that are read at once, and characters of a part
 
 
@@ -39,19 +40,39 @@ def documents(texts: Iterable[str]) -> Iterator[Part]:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says what is in a file: of a packed one, the suffix before .gz."""
-    return Path(path.name.lower().removesuffix(GZIP)).suffix
+    """The suffix that says what is in a file: of a packed one, the suffix before .gz or .zst."""
+    name = path.name.lower()
+    suffix = Path(name[: -len(path.suffix)] if is_packed(path) else name).suffix
+    return OTHER_NAMES.get(suffix, suffix)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file has to be unpacked to be read."""
+    return path.suffix.lower() in PACKED
+
+
+def open_zst(path: Path, mode: str) -> IO[bytes]:
+    """The bytes of a file packed by Zstandard. Raises ValueError where no module can do it."""
+    for module in ("compression.zstd", "zstandard"):
+        with suppress(ImportError):
+            return import_module(module).open(path, mode)
+    raise ValueError(f"{path} needs a package: pip install zstandard; or unpack it")
+
+
+PACKED = {".gz": gzip.open, ".zst": open_zst}  # after another suffix
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked. Raises ValueError where that fails in the block."""
-    unpack = gzip.open if path.suffix.lower() == GZIP else open
     try:
-        with unpack(path, "rb") as file:
+        with PACKED.get(path.suffix.lower(), open)(path, "rb") as file:
             yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: no sound gzip file ({error}); pack it again") from None
+    except Exception as error:
+        damaged = isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error))
+        if not damaged and type(error).__name__ != "ZstdError":  # of a module that may be missing
+            raise
+        raise ValueError(f"{path}: no sound packed file ({error}); pack it again") from None
 
 
 def read_parts(
@@ -60,11 +81,23 @@ def read_parts(
     """The documents of a file."""
     with opened(path) as file:
         if kind_of(path) == JSON_LINES:
-            for where, row in json_lines(file, path):
-                text = text_in(row, text_key, where)
-                yield from cut_documents([text], separator, where=where, line=0)
+            yield from lines_as_parts(file, str(path), text_key=text_key, separator=separator)
         else:
-            yield from cut_documents(decode_blocks(file, path), separator, where=str(path))
+            yield from text_as_parts(file, str(path), separator=separator)
+
+
+def lines_as_parts(
+    file: Iterable[bytes], name: str, *, text_key: str, separator: str | None
+) -> Iterator[Part]:
+    """The documents of lines of JSON."""
+    for where, row in json_lines(file, name):
+        text = text_in(row, text_key, where)
+        yield from cut_documents([text], separator, where=where, line=0)
+
+
+def text_as_parts(file: IO[bytes], name: str, *, separator: str | None) -> Iterator[Part]:
+    """The documents of a text."""
+    yield from cut_documents(decode_blocks(file, name), separator, where=name)
 
 
 def read_text(path: Path) -> str:
@@ -76,11 +109,16 @@ def read_text(path: Path) -> str:
 def decode_blocks(file: IO[bytes], name: object) -> Iterator[str]:
     """The text of a file, block by block, without a byte order mark.
 
-    Raises ValueError where it is not UTF-8.
+    Raises ValueError where it is not UTF-8, or has as many NULs as UTF-16.
     """
     decoder, end = codecs.getincrementaldecoder("utf-8-sig")(), 0
     while True:
         block = file.read(BLOCK)
+        if not end and 3 * block.count(0) > len(block):
+            raise ValueError(
+                f"{name}: {block.count(0):,} of its first {len(block):,} bytes are NUL, as in "
+                "UTF-16: convert the file to UTF-8, or leave it out"
+            )
         end += len(block)
         try:
             yield decoder.decode(block, final=not block)

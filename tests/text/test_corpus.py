@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -116,8 +117,60 @@ def test_packed_files_are_read_as_what_is_in_them(workplace):
     whole = gzip.compress(b"some text" * 99)
     for damaged in (b"no gzip", whole[:-9], whole[:20] + b"\xff" * 9 + whole[29:]):
         Path("d.txt.gz").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"^d\.txt\.gz: no sound gzip file"):
+        with pytest.raises(ValueError, match=r"^d\.txt\.gz: no sound packed file"):
             read("d.txt.gz")
+
+
+def test_other_names_of_lines_of_json_and_of_packed_files_are_known(workplace, monkeypatch):
+    """Taken for prose, their braces were learned, too."""
+    Path("f").mkdir()
+    Path("f/a.ndjson").write_text('{"text": "one"}\n')
+    Path("f/b.NDJSON.gz").write_bytes(gzip.compress(b'{"text": "two"}\n'))
+    Path("f/c.txt.zst").write_bytes(gzip.compress(b"three"))
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ValueError, match=r"^f/c\.txt\.zst needs a package: pip install zstandard"):
+        read("f")
+    monkeypatch.setitem(sys.modules, "zstandard", gzip)  # the same function by the same name
+    assert read("f") == ["one", "two", "three"]
+    assert find_corpus(["f"]).size is None
+
+
+def test_a_table_of_parquet_is_its_texts(workplace, hub):
+    parquet, pyarrow = (pytest.importorskip(name) for name in ("pyarrow.parquet", "pyarrow"))
+    parquet.write_table(pyarrow.table({"text": ["one", "two"], "n": [1, 2]}), "a.parquet")
+    assert read("a.parquet") == ["one", "two"]
+    parquet.write_table(pyarrow.table({"text": ["one", None]}), "b.parquet")
+    with pytest.raises(ValueError, match=r'^b\.parquet: row 2: "text" is None'):
+        read("b.parquet")
+
+
+def test_utf_16_without_a_mark_is_refused_for_its_nuls(workplace):
+    """Every second token was one."""
+    for coding in ("utf-16-le", "utf-16-be"):
+        Path("a.txt").write_text("two little wolves", encoding=coding)
+        with pytest.raises(ValueError, match=r"^a\.txt: 17 .* first 34 bytes are NUL, .* UTF-8"):
+            read("a.txt")
+
+
+def test_a_folder_is_read_behind_links_and_what_cannot_be_is_said(workplace, monkeypatch):
+    """A third of a text was once gone, without a word."""
+    for name in ("f/a.txt", "far/away/b.txt", "f/locked/c.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name)
+    Path("f/link").symlink_to(Path("far").resolve())
+    Path("far/back").symlink_to(Path("f").resolve())  # and round and round
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path) == "f/locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    found = find_corpus(["f"])
+    assert joined(found.parts()) == ["f/a.txt", "far/away/b.txt"]
+    assert found.notes == ("f: 2 text files", "f: skipped 1 unreadable, such as locked")
 
 
 def test_what_a_folder_holds_and_what_is_left_is_said(workplace):
@@ -330,6 +383,25 @@ def test_standard_input_is_one_document_that_can_be_read_again(workplace, type_i
     found = find_corpus(["a.txt", "-", "a.txt"])
     assert joined(found.parts()) == joined(found.parts()) == ["a", "caf\u00e9\r\n", "a"]
     assert (found.source, found.size) == ("a.txt, standard input, a.txt", 9)
+
+
+def test_lines_of_json_on_standard_input_are_documents(type_in):
+    type_in(b'\n{"text": "one"}\n{"text": "two"}\n')
+    found = find_corpus(["-"])
+    assert joined(found.parts()) == joined(found.parts()) == ["one", "two"]
+    assert found.notes == ("standard input: read as lines of JSON",)
+
+
+@pytest.mark.parametrize("text", ["[1]\n", '"one"\n', "{\n}", "3\n4\n", ""])
+def test_other_texts_on_standard_input_are_prose(text, type_in):
+    type_in(text.encode())
+    assert (read("-"), find_corpus([]).notes) == ([text] * bool(text), ())
+
+
+def test_a_line_on_standard_input_without_a_text_is_named(type_in):
+    type_in(b'{"text": "one"}\n{"Text": "two"}\n')
+    with pytest.raises(ValueError, match=r"^standard input, line 2: there is no .* --text_key"):
+        read("-")
 
 
 def test_standard_input_that_is_no_utf8_is_named(type_in):
