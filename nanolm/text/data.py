@@ -122,7 +122,7 @@ def share_to_train(n: int, val_fraction: float) -> int:
     if n >= 4 and not 2 <= cut <= n - 2:
         raise ValueError(
             f"val_fraction={val_fraction}: leaves {cut:,} of {n:,} tokens to train on, and each "
-            f"split needs 2: choose {2 / n:.2g} to {1 - 2 / n:.2g}, or --val_input=FILE"
+            f"split needs 2: choose {2 / n:.2g} to {1 - 2 / n:.6g}, or --val_input=FILE"
         )
     return cut
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanolm.bpe import GPT2_SPLIT
@@ -273,7 +273,7 @@ stories = st.lists(
     stories,
     st.sampled_from([END, "\n\n\n", "|"]),
     st.sampled_from(["", "\n", "\r\n"]),
-    st.integers(8, 40),
+    st.integers(1, 40),
 )
 def test_a_separator_ends_a_document_wherever_blocks_begin(tmp_path, texts, separator, end, block):
     """With the end of its own line; and what is blank beside one is no document.
@@ -285,6 +285,7 @@ def test_a_separator_ends_a_document_wherever_blocks_begin(tmp_path, texts, sepa
     content = (separator + end).join(texts)
     path.write_bytes(content.encode())
     wanted = re.split(re.escape(separator) + "(?:\r?\n)?", content)
+    assume(not any(text.isspace() and len(text) >= block for text in wanted))  # not held back
     parts = read_by_blocks(str(path), block, separator=separator)
     documents = [text for text in wanted if text.strip()] if len(wanted) > 1 else texts
     assert joined(parts) == [text for text in documents if text]
