@@ -556,3 +556,9 @@ def test_texts_and_prompts_have_the_token_that_their_tokenizer_puts_before_them(
 def made(folder):
     folder.mkdir()
     return folder
+
+
+def test_a_tokenizer_of_ours_may_have_the_name_of_theirs(workplace):
+    own = BPETokenizer.train(["to be or not to be"], 260)
+    own.save(Path("tokenizer.json"))
+    assert find_tokenizer("tokenizer.json").encode("to be") == own.encode("to be")
